@@ -1,0 +1,124 @@
+"""The seam between kernels and meshes: what a backend computes on one device's arrays."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Summary(NamedTuple):
+    """What a stretch of tokens does to a state: `state_out = decay . state_in + state`.
+
+    Attributes:
+        decay: [B, H, K], linear, in [0, 1].
+        state: [B, H, K, V], the state that the stretch leaves when none enters it.
+    """
+
+    decay: jax.Array
+    state: jax.Array
+
+    def leave(self, state_in: jax.Array) -> jax.Array:
+        """The state that leaves the stretch when `state_in` enters it."""
+        return self.decay[..., None] * state_in + self.state
+
+
+class Gradients(NamedTuple):
+    """Cotangents of q, k, v and the gates, in the shapes and dtypes of what they belong to."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    gates: jax.Array
+
+
+def total_decay(gates: jax.Array, state_shape: tuple[int, ...]) -> jax.Array:
+    """The decay of a whole stretch, [B, H, K], from its gates [B or 1, T, H, K or 1]."""
+    return jnp.broadcast_to(jnp.exp(jnp.sum(gates, axis=1)), state_shape[:-1])
+
+
+@dataclass(frozen=True)
+class Backend(ABC):
+    r"""Chunkwise linear attention on one device, as the pure functions that an exchange between devices needs.
+
+    Arrays: q, k [B, T, H, K]; v [B, T, H, V]; gates [B or 1, T, H, K or 1] float32, finite, <= 0 (see
+    `normalize_gates`); states [B, H, K, V] float32 (float64 for float64 inputs). The recurrence is
+
+    .. math:: S_t = e^{g_t} \odot S_{t-1} + k_t v_t^\top, \qquad o_t = \text{scale} \cdot q_t S_t
+
+    A replay may be cut in two: `replay_intra` needs no entering state and so can run while that state is on its way,
+    `replay_inter` adds what depends on it. A backend for which the cut doesn't pay leaves everything to the latter.
+
+    Attributes:
+        scale: factor on the outputs.
+        chunk_size: tokens per chunk, or None for the backend's own choice.
+    """
+
+    scale: float = 1.0
+    chunk_size: int | None = None
+
+    @abstractmethod
+    def summarize(self, k: jax.Array, v: jax.Array, gates: jax.Array) -> Summary:
+        """What the tokens do to a state; needs no state from outside."""
+
+    @abstractmethod
+    def replay(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state_in: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The outputs [B, T, H, V] in v's dtype and the state that leaves."""
+
+    @abstractmethod
+    def summarize_adjoint(self, q: jax.Array, gates: jax.Array, dout: jax.Array) -> jax.Array:
+        """The cotangent of the entering state that comes from the outputs alone, [B, H, K, V]."""
+
+    @abstractmethod
+    def replay_adjoint(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        dout: jax.Array,
+        dstate_out: jax.Array,
+    ) -> tuple[Gradients, jax.Array]:
+        """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state."""
+
+    def replay_intra(self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array) -> jax.Array | None:
+        """The part of the outputs that doesn't need the entering state, or None if all is left to `replay_inter`."""
+        del q, k, v, gates
+
+    def replay_inter(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        intra: jax.Array | None,
+    ) -> jax.Array:
+        """The outputs, given the entering state and what `replay_intra` returned."""
+        del intra
+        return self.replay(q, k, v, gates, state_in)[0]
+
+    def replay_intra_adjoint(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, dout: jax.Array
+    ) -> Gradients | None:
+        """The gradients of `replay_intra`, or None if all is left to `replay_inter_adjoint`."""
+        del q, k, v, gates, dout
+
+    def replay_inter_adjoint(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        dout: jax.Array,
+        dstate_out: jax.Array,
+        intra: Gradients | None,
+    ) -> tuple[Gradients, jax.Array]:
+        """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
+        del intra
+        return self.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out)

@@ -1,0 +1,129 @@
+"""Linear attention as one differentiable operator: a backend for the local work, an exchange for what lies outside."""
+
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from zeco_jax.attention.backend import Backend, Summary, total_decay
+from zeco_jax.attention.gates import accumulation_dtype, normalize_gates
+from zeco_jax.varying import match_varying
+
+
+class Exchange(Protocol):
+    """Delivers to each rank the state that enters it, and backwards the cotangent of the state that leaves it.
+
+    An exchange is static: hashable, and equal when it does the same.
+    """
+
+    def forward(self, summary: Summary, initial_state: jax.Array) -> jax.Array:
+        """The state that enters this rank [B, H, K, V]; `initial_state` enters the first one."""
+
+    def reverse(self, summary: Summary) -> jax.Array:
+        """The cotangent of the state that leaves this rank [B, H, K, V].
+
+        `summary.decay` is the rank's decay as in `forward`, `summary.state` the cotangent that its own results put on
+        the state that enters it; what the ranks after this one put on it is the result.
+        """
+
+    def into_initial(self, dstate_in: jax.Array) -> jax.Array:
+        """This rank's share of the initial state's cotangent: `dstate_in` on the first rank, zero elsewhere."""
+
+
+class Residuals(NamedTuple):
+    """What the backward pass keeps: the inputs and one state."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    gates: jax.Array
+    state_in: jax.Array
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    *,
+    backend: Backend,
+    exchange: Exchange | None = None,
+    initial_state: jax.Array | None = None,
+    starts: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Linear attention of this device's tokens, on inputs that have been checked.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, H, K].
+        v: [B, T, H, V].
+        log_decay: None, [H], [B, T, H] or [B, T, H, K].
+        backend: computes the local parts.
+        exchange: brings the entering state from the other ranks; None where there are none.
+        initial_state: [B, H, K, V], the state before the first rank's tokens; None stands for zero.
+        starts: [B, T] booleans, tokens that begin a document.
+
+    Returns:
+        The outputs [B, T, H, V] in v's dtype and the state that leaves *this* device's tokens, [B, H, K, V].
+    """
+    dtype = accumulation_dtype(jnp.result_type(q, k, v))
+    gates = normalize_gates(log_decay, starts, q.shape, dtype)
+    if initial_state is None:
+        batch, _, heads, key_width = q.shape
+        initial_state = jnp.zeros((batch, heads, key_width, v.shape[-1]), dtype)
+    # One set of varying axes for the gradient rule; what was replicated gets its cotangents summed by this cast.
+    q, k, v, gates, initial_state = match_varying([q, k, v, gates, initial_state.astype(dtype)])
+    return _attend(q, k, v, gates, initial_state, backend, exchange)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: jax.Array,
+    initial_state: jax.Array,
+    backend: Backend,
+    exchange: Exchange | None,
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(q, k, v, gates, initial_state, backend, exchange)[0]
+
+
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: jax.Array,
+    initial_state: jax.Array,
+    backend: Backend,
+    exchange: Exchange | None,
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    if exchange is None:
+        results = backend.replay(q, k, v, gates, initial_state)
+        return results, Residuals(q, k, v, gates, initial_state)
+    summary = backend.summarize(k, v, gates)
+    state_in = exchange.forward(summary, initial_state)
+    # Independent of the exchange, so that it can run while the state travels.
+    intra = backend.replay_intra(q, k, v, gates)
+    out = backend.replay_inter(q, k, v, gates, state_in, intra)
+    return (out, summary.leave(state_in)), Residuals(q, k, v, gates, state_in)
+
+
+def _backward(
+    backend: Backend, exchange: Exchange | None, residuals: Residuals, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, ...]:
+    q, k, v, gates, state_in = residuals
+    dout, dstate_out = cotangents
+    if exchange is None:
+        gradients, dstate_in = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out)
+        return *gradients, dstate_in
+    total = total_decay(gates, state_in.shape)
+    own = Summary(total, backend.summarize_adjoint(q, gates, dout))
+    later = exchange.reverse(Summary(total, own.leave(dstate_out)))
+    intra = backend.replay_intra_adjoint(q, k, v, gates, dout)
+    gradients, dstate_in = backend.replay_inter_adjoint(q, k, v, gates, state_in, dout, dstate_out + later, intra)
+    return *gradients, exchange.into_initial(dstate_in)
+
+
+_attend.defvjp(_forward, _backward)

@@ -70,36 +70,6 @@ def linear_attention(
         q, k, v, log_decay, scale=scale, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
     )
     starts = None if segment_ids is None else _document_starts(segment_ids, axis_name)
-    return attend_over_ranks(
-        q,
-        k,
-        v,
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        starts=starts,
-        axis_name=axis_name,
-        schedule=schedule,
-        backend=backend,
-        chunk_size=chunk_size,
-    )
-
-
-def attend_over_ranks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    *,
-    scale: float | None,
-    initial_state: jax.Array | None,
-    starts: jax.Array | None,
-    axis_name: AxisName | None,
-    schedule: str,
-    backend: str | None,
-    chunk_size: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """`linear_attention` on checked arguments, with the documents' first tokens [B, T] in place of their ids."""
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     local = make_backend(backend, scale=scale, chunk_size=chunk_size)
     options = AllScanOptions(axis_name, schedule)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from zeco_jax.attention import check_inputs, document_starts
-from zeco_jax.parallel.linear_attention import attend_over_ranks
+from zeco_jax.attention import check_inputs
+from zeco_jax.parallel.linear_attention import linear_attention
 from zeco_jax.parallel.sharding import MeshAxes, SequenceSharding
 
 OPTIONS = ("scale", "initial_state", "segment_ids", "schedule", "backend", "chunk_size")
@@ -68,16 +68,15 @@ def sharded_linear_attention(
         raise TypeError(f"unknown option {unknown[0]!r}: expected one of {', '.join(OPTIONS)}")
     initial_state = options.pop("initial_state", None)
     segment_ids = options.pop("segment_ids", None)
-    options = {"scale": None, "schedule": "auto", "backend": None, "chunk_size": None} | options
     check_inputs(
         q,
         k,
         v,
         log_decay,
-        scale=options["scale"],
+        scale=options.get("scale"),
         initial_state=initial_state,
         segment_ids=segment_ids,
-        chunk_size=options["chunk_size"],
+        chunk_size=options.get("chunk_size"),
     )
     sharding = SequenceSharding(mesh, batch, seq, heads)
     dimensions = zip("BTH", q.shape[:3], ("batch", "seq", "heads"), (batch, seq, heads), strict=True)
@@ -89,26 +88,20 @@ def sharded_linear_attention(
     activations = PartitionSpec(batch, seq, heads)
     state = PartitionSpec(batch, heads)
     gates = PartitionSpec(heads) if log_decay is not None and log_decay.ndim == 1 else activations
-    starts = None
-    if segment_ids is not None:
-        segment_ids = sharding.place(segment_ids, sharding.spec(2))
-        starts = document_starts(segment_ids, segment_ids[:, :1])
     specs = {
         "q": activations,
         "k": activations,
         "v": activations,
         "log_decay": gates,
         "initial_state": state,
-        "starts": sharding.spec(2),
+        "segment_ids": sharding.spec(2),
     }
-    arrays = dict(zip(specs, (q, k, v, log_decay, initial_state, starts), strict=True))
+    arrays = dict(zip(specs, (q, k, v, log_decay, initial_state, segment_ids), strict=True))
     arrays = {name: sharding.place(x, specs[name]) for name, x in arrays.items() if x is not None}
-    body = partial(_attend_shards, axis_name=seq, **options)
     in_specs = ({name: specs[name] for name in arrays},)
+    body = partial(_attend_shards, axis_name=seq, **options)
     return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=(activations, state))(arrays)
 
 
 def _attend_shards(arrays: dict[str, jax.Array], **options: Any) -> tuple[jax.Array, jax.Array]:
-    log_decay, initial_state, starts = (arrays.get(name) for name in ("log_decay", "initial_state", "starts"))
-    q, k, v = arrays["q"], arrays["k"], arrays["v"]
-    return attend_over_ranks(q, k, v, log_decay, initial_state=initial_state, starts=starts, **options)
+    return linear_attention(**arrays, **options)

@@ -87,6 +87,8 @@ def stretch_replay(
 def _exclusive_sum(totals: jax.Array, *, reverse: bool) -> jax.Array:
     """Sums over the chunks before each one (after it with `reverse`), without subtracting."""
     zero = jnp.zeros_like(totals[:1])
+    if totals.shape[0] == 1:
+        return zero
     if reverse:
         return jnp.concatenate([jnp.cumsum(totals[:0:-1], axis=0)[::-1], zero])
     return jnp.concatenate([zero, jnp.cumsum(totals[:-1], axis=0)])

@@ -41,6 +41,8 @@ class Residuals(NamedTuple):
     state_in: jax.Array
 
 
+# Compiled as a whole also where the caller works without jit, in a notebook say.
+@partial(jax.jit, static_argnames=("backend", "exchange"))
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -67,14 +69,18 @@ def attend(
     Returns:
         The outputs [B, T, H, V] in v's dtype and the state that leaves *this* device's tokens, [B, H, K, V].
     """
-    dtype = accumulation_dtype(jnp.result_type(q, k, v))
+    out_dtype = v.dtype
+    common = jnp.result_type(q, k, v)
+    q, k, v = q.astype(common), k.astype(common), v.astype(common)
+    dtype = accumulation_dtype(common)
     gates = normalize_gates(log_decay, starts, q.shape, dtype)
     if initial_state is None:
         batch, _, heads, key_width = q.shape
         initial_state = jnp.zeros((batch, heads, key_width, v.shape[-1]), dtype)
     # One set of varying axes for the gradient rule; what was replicated gets its cotangents summed by this cast.
     q, k, v, gates, initial_state = match_varying([q, k, v, gates, initial_state.astype(dtype)])
-    return _attend(q, k, v, gates, initial_state, backend, exchange)
+    out, state_out = _attend(q, k, v, gates, initial_state, backend, exchange)
+    return out.astype(out_dtype), state_out
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

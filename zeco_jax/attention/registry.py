@@ -8,7 +8,7 @@ from zeco_jax.attention.xla import XlaBackend
 BACKENDS: dict[str, type[Backend]] = {"xla": XlaBackend, "reference": ReferenceBackend}
 
 
-def make_backend(name: str | None, *, scale: float, chunk_size: int | None) -> Backend:
+def make_backend(name: str | None = None, *, scale: float = 1.0, chunk_size: int | None = None) -> Backend:
     """The backend called `name`, or the best one that can serve for None.
 
     Raises:

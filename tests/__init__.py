@@ -1,0 +1,1 @@
+"""The tests of zeco_jax; the folders mirror the package's."""

@@ -25,7 +25,7 @@ def check_inputs(
     """
     arrays = {"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state}
     for name, array in arrays.items():
-        if array is not None:
+        if array is not None or name in "qkv":
             _check_floating(name, array)
     for name, expected in (("q", "[B, T, H, K]"), ("k", "[B, T, H, K]"), ("v", "[B, T, H, V]")):
         if arrays[name].ndim != 4:

@@ -50,5 +50,6 @@ def normalize_gates(
         gates = log_decay.astype(dtype)[..., None]
     else:
         gates = log_decay.astype(dtype)
-    gates = jnp.where(gates > LOG_ZERO, gates, LOG_ZERO)
+    # Written so that NaN stays NaN.
+    gates = jnp.where(gates < LOG_ZERO, LOG_ZERO, gates)
     return gates if starts is None else jnp.where(starts[:, :, None, None], LOG_ZERO, gates)

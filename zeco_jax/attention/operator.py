@@ -73,12 +73,15 @@ def attend(
     common = jnp.result_type(q, k, v)
     q, k, v = q.astype(common), k.astype(common), v.astype(common)
     dtype = accumulation_dtype(common)
-    gates = normalize_gates(log_decay, starts, q.shape, dtype)
+    if log_decay is None:
+        log_decay = jnp.zeros(q.shape[2], dtype)
     if initial_state is None:
         batch, _, heads, key_width = q.shape
         initial_state = jnp.zeros((batch, heads, key_width, v.shape[-1]), dtype)
-    # One set of varying axes for the gradient rule; what was replicated gets its cotangents summed by this cast.
-    q, k, v, gates, initial_state = match_varying([q, k, v, gates, initial_state.astype(dtype)])
+    # One set of varying axes for the gradient rule; what was replicated gets its cotangents summed by this cast, which
+    # so comes before a decay per head is spread over the tokens.
+    q, k, v, log_decay, initial_state = match_varying([q, k, v, log_decay, initial_state.astype(dtype)])
+    gates = normalize_gates(log_decay, starts, q.shape, dtype)
     out, state_out = _attend(q, k, v, gates, initial_state, backend, exchange)
     return out.astype(out_dtype), state_out
 

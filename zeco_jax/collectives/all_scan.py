@@ -6,9 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_index, axis_size
+from zeco_jax.collectives.axis import AxisName, axis_index, axis_names, axis_size
 from zeco_jax.collectives.chain import chain_scan
-from zeco_jax.varying import match_varying
+from zeco_jax.varying import cast_varying, match_varying
 
 SCHEDULES = ("auto", "chain")
 
@@ -88,6 +88,7 @@ def all_scan(
     if decay.ndim == state.ndim - 2:
         decay = jnp.broadcast_to(decay[..., None], state.shape[:-1])
     # The gradient rule must see one set of varying axes; what was replicated gets its cotangents summed here.
+    state = cast_varying(state, axis_names(axis_name))
     state, decay, initial_state = match_varying([state, decay.astype(state.dtype), initial_state.astype(state.dtype)])
     return _all_scan(state, decay, initial_state, options)
 

@@ -23,7 +23,8 @@ def halo(x: jax.Array, width: int, axis_name: AxisName, *, axis: int = 1) -> jax
         Array like `x` with `width` tokens along `axis`.
 
     Raises:
-        ValueError: if `width` is negative or `axis_name` is not in scope.
+        ValueError: if `width` is negative, `axis` isn't one of x's dimensions or `axis_name` is not in scope.
+        TypeError: if `width` is no integer.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -35,8 +36,12 @@ def halo(x: jax.Array, width: int, axis_name: AxisName, *, axis: int = 1) -> jax
         >>> print(left(jnp.arange(12.0).reshape(1, 12)))
         [[0. 0. 1. 2. 4. 5. 7. 8.]]
     """
+    if isinstance(width, bool) or not isinstance(width, int):
+        raise TypeError(f"width must be an integer, got {width!r}")
     if width < 0:
         raise ValueError(f"width must be at least 0, got {width}")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis must be one of the {x.ndim} dimensions of x, got {axis} for shape {x.shape}")
     ranks = axis_size(axis_name)
     length = x.shape[axis]
     if length == 0 and width > 0:

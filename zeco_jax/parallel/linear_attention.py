@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from zeco_jax.attention import attend, check_inputs, document_starts, make_backend
-from zeco_jax.collectives import AllScanOptions, AxisName, axis_index, axis_size, halo
+from zeco_jax.collectives import AllScanOptions, AxisName, axis_index, axis_names, axis_size, halo
 from zeco_jax.parallel.exchange import AllScanExchange
+from zeco_jax.varying import cast_varying
 
 
 def linear_attention(
@@ -77,6 +78,8 @@ def linear_attention(
         out, state_out = attend(q, k, v, log_decay, backend=local, initial_state=initial_state, starts=starts)
         # A sum over an axis of one rank changes the type alone: the state is the same on every rank.
         return out, state_out if axis_name is None else jax.lax.psum(state_out, axis_name)
+    # Even what is the same on every rank stands for another part of the sequence on each.
+    q = cast_varying(q, axis_names(axis_name))
     exchange = AllScanExchange(options)
     out, state_out = attend(
         q, k, v, log_decay, backend=local, exchange=exchange, initial_state=initial_state, starts=starts

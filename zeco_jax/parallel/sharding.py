@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -19,6 +19,7 @@ class SequenceSharding:
         heads: mesh axis that cuts H; None leaves it whole.
 
     Raises:
+        TypeError: a mesh that is none, or axes that aren't names.
         ValueError: an axis that the mesh doesn't have, or one that is used twice.
 
     Example:
@@ -29,12 +30,18 @@ class SequenceSharding:
         P('data', 'seq', None)
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     batch: MeshAxes = None
     seq: MeshAxes = "seq"
     heads: MeshAxes = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            raise TypeError(f"mesh must be a jax.sharding.Mesh, got {self.mesh!r}")
+        for name in ("batch", "seq", "heads"):
+            axes = getattr(self, name)
+            if axes is not None and not all(isinstance(axis, str) for axis in axis_tuple(axes)):
+                raise TypeError(f"{name} must be None, the name of a mesh axis or a tuple of names, got {axes!r}")
         used = [axis for field in (self.batch, self.seq, self.heads) for axis in axis_tuple(field)]
         for axis in used:
             if axis not in self.mesh.axis_names:
@@ -71,4 +78,4 @@ def axis_tuple(axes: MeshAxes) -> tuple[str, ...]:
     """Mesh axes as a tuple, whether none, one or several were given."""
     if axes is None:
         return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+    return axes if isinstance(axes, tuple) else (axes,)

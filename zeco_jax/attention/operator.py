@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from zeco_jax.attention.backend import Backend, Summary, total_decay
 from zeco_jax.attention.gates import accumulation_dtype, normalize_gates
@@ -76,8 +77,8 @@ def attend(
     if log_decay is None:
         log_decay = jnp.zeros(q.shape[2], dtype)
     if initial_state is None:
-        batch, _, heads, key_width = q.shape
-        initial_state = jnp.zeros((batch, heads, key_width, v.shape[-1]), dtype)
+        # Laid out over an explicit mesh as k and v are.
+        initial_state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :], dtype)
     # One set of varying axes for the gradient rule; what was replicated gets its cotangents summed by this cast, which
     # so comes before a decay per head is spread over the tokens.
     q, k, v, log_decay, initial_state = match_varying([q, k, v, log_decay, initial_state.astype(dtype)])
@@ -109,13 +110,14 @@ def _forward(
     exchange: Exchange | None,
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
     if exchange is None:
-        results = backend.replay(q, k, v, gates, initial_state)
-        return results, Residuals(q, k, v, gates, initial_state)
+        out, state_out = backend.replay(q, k, v, gates, initial_state)
+        return (checkpoint_name(out, "attention_out"), state_out), Residuals(q, k, v, gates, initial_state)
     summary = backend.summarize(k, v, gates)
-    state_in = exchange.forward(summary, initial_state)
+    # Named, so that rematerialisation can keep both results and then neither attends nor exchanges again.
+    state_in = checkpoint_name(exchange.forward(summary, initial_state), "entering_state")
     # Independent of the exchange, so that it can run while the state travels.
     intra = backend.replay_intra(q, k, v, gates)
-    out = backend.replay_inter(q, k, v, gates, state_in, intra)
+    out = checkpoint_name(backend.replay_inter(q, k, v, gates, state_in, intra), "attention_out")
     return (out, summary.leave(state_in)), Residuals(q, k, v, gates, state_in)
 
 

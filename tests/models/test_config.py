@@ -1,0 +1,57 @@
+"""Configurations: names, sizes, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from zeco_jax.models import ModelConfig, count_parameters, named_config
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 0.9), ("340m", 341.7), ("1b", 1365.5)])
+def test_parameter_counts_are_those_of_the_docstring(name, millions):
+    assert count_parameters(named_config(name)) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert f"{millions} M" in named_config.__doc__
+
+
+def test_every_parameter_is_counted():
+    config = ModelConfig(vocabulary_size=11, hidden_size=8, num_layers=3, num_heads=2, conv_width=3, mlp_multiple=4)
+    keys, values, mlp = 4, 8, 24
+    attention = 8 * (2 * keys + values) + 3 * (2 * keys + values) + 8 * values * 2 + values // 2
+    gate = 8 * 16 + 16 * keys + keys
+    block = attention + gate + 3 * 8 * mlp + 2 * 8
+    assert config.mlp_size == mlp
+    assert count_parameters(config) == 3 * block + 2 * 11 * 8 + 8
+    assert count_parameters(dataclasses.replace(config, tie_embeddings=True)) == 3 * block + 11 * 8 + 8
+
+
+def test_1b_has_the_sizes_of_the_paper():
+    config = named_config("1b")
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.mlp_size) == (2048, 24, 4, 5632)
+    assert (config.expand_k, config.expand_v, config.gate_rank, config.gate_normalizer) == (0.5, 1.0, 16, 16.0)
+    assert (config.vocabulary_size, config.conv_width) == (32000, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"hidden_size": 100, "num_heads": 3},
+            r"expand_k \* hidden size must be .* num_heads, got 0.5 \* 100 and 3",
+        ),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads must divide num_heads = 4, got 3"),
+        ({"decay": "fast"}, "decay must be one of channel, token, head, none; got 'fast'"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16; got 'float16'"),
+        ({"num_layers": 0}, "num_layers must be positive, got 0"),
+        ({"conv_width": -1}, "conv_width must be at least 0, got -1"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio must be positive, got nan"),
+    ],
+    ids=["heads", "kv-heads", "decay", "dtype", "layers", "conv", "nan"],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**options)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown model '7b'; known are tiny, 340m, 1b"):
+        named_config("7b")

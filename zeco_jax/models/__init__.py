@@ -1,0 +1,7 @@
+"""The language model, its named configurations, and sampling."""
+
+from zeco_jax.models.config import ModelConfig, named_config
+from zeco_jax.models.language_model import LinearAttentionLM, count_parameters
+from zeco_jax.models.sampling import sample
+
+__all__ = ["LinearAttentionLM", "ModelConfig", "count_parameters", "named_config", "sample"]

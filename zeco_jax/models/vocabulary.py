@@ -1,0 +1,54 @@
+"""From tokens to vectors and back."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def look_up(embedding: nnx.Embed, tokens: jax.Array) -> jax.Array:
+    """The vectors [..., D] of `tokens` [...], sharded like them."""
+    sharding = jax.typeof(tokens).sharding
+    if not any(sharding.spec):
+        return embedding(tokens)
+    # Explicit mesh axes: a gather has to be told where its result lies.
+    return embedding(tokens, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None)))
+
+
+@jax.custom_vjp
+def to_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Logits `hidden @ kernel` in float32, however narrow the operands.
+
+    The cotangent is rounded to the operands' dtype, so that both products of the backward pass, over the whole
+    vocabulary, run as fast as the one of the forward pass.
+
+    Args:
+        hidden: [..., D] floats.
+        kernel: [D, vocabulary] in the dtype of `hidden`.
+
+    Returns:
+        [..., vocabulary] float32.
+    """
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def _to_logits_forward(hidden: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return to_logits(hidden, kernel), (hidden, kernel)
+
+
+def _to_logits_backward(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    _, pull_back = jax.vjp(jnp.matmul, *operands)
+    return pull_back(cotangent.astype(operands[0].dtype))
+
+
+to_logits.defvjp(_to_logits_forward, _to_logits_backward)
+
+
+def last_token(x: jax.Array) -> jax.Array:
+    """The last token [B, D] of `x` [B, T, D], whole on every rank along T."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x[:, -1]
+    place = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0], sharding.spec[2]))
+    # Explicit mesh axes don't let a sharded dimension be sliced unevenly; the compiler does.
+    return jax.sharding.auto_axes(lambda x: x[:, -1], out_sharding=place)(x)

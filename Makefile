@@ -22,7 +22,7 @@ train: $(INSTALLED)  ## Train the tiny model with ZeCO on 8 virtual devices; run
 test: $(INSTALLED)  ## Run the lint and every test that this machine can run
 	$(ENVIRONMENT)/bin/ruff check .
 	$(ENVIRONMENT)/bin/ruff format --check .
-	$(PYTHON) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)  ## Check style
 	$(ENVIRONMENT)/bin/ruff check .

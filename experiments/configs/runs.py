@@ -1,0 +1,79 @@
+"""The ready-made runs, by name."""
+
+from pathlib import Path
+
+from experiments.configs.run import RunConfig
+from zeco_jax.training import (
+    CheckpointConfig,
+    DeviceConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def _tiny_cpu() -> RunConfig:
+    """Minutes on a laptop: every sequence is cut over 8 virtual devices."""
+    return RunConfig(
+        training=TrainConfig(
+            model="tiny",
+            mesh=MeshConfig(seq=8),
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20),
+            checkpoint=CheckpointConfig(every=50),
+            evaluation=EvaluationConfig(every=150, batches=32),
+            steps=450,
+            batch_size=1,
+            sequence_length=1024,
+            output=Path("runs/tiny"),
+        ),
+        devices=DeviceConfig(virtual_devices=8),
+    )
+
+
+def _gpu_340m() -> RunConfig:
+    """The 340m model in bfloat16 on one GPU."""
+    return RunConfig(
+        training=TrainConfig(
+            model="340m",
+            optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=100),
+            checkpoint=CheckpointConfig(every=500, keep=2),
+            evaluation=EvaluationConfig(every=500, batches=8),
+            steps=2000,
+            batch_size=8,
+            sequence_length=4096,
+            precision="bfloat16",
+            remat=True,
+            output=Path("runs/340m"),
+        ),
+    )
+
+
+_RUNS = {"tiny-cpu": _tiny_cpu, "340m-gpu": _gpu_340m}
+
+
+def run_names() -> tuple[str, ...]:
+    """Names of the ready-made runs; the first is what `python -m experiments.train` does by itself."""
+    return tuple(_RUNS)
+
+
+def named_run(name: str) -> RunConfig:
+    """The ready-made run of that name.
+
+    Args:
+        name: One of `run_names()`.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: There is none of that name.
+
+    Example:
+        >>> from experiments.configs import named_run
+        >>> named_run("tiny-cpu").training.mesh.seq
+        8
+    """
+    if name not in _RUNS:
+        raise ValueError(f"config: got {name!r}, expected one of {', '.join(_RUNS)}")
+    return _RUNS[name]()

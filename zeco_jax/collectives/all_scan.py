@@ -1,5 +1,6 @@
 """All-Scan: the state that enters each rank, from what every rank adds and how much it decays."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -7,10 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from zeco_jax.collectives.axis import AxisName, axis_index, axis_names, axis_size
-from zeco_jax.collectives.chain import chain_scan
+from zeco_jax.collectives.chain import chain_of_rows
+from zeco_jax.collectives.cost import (
+    Choice,
+    Payload,
+    chain_blocks,
+    choose,
+    choose_hierarchical,
+    default_network,
+)
+from zeco_jax.collectives.doubling import doubling_scan
+from zeco_jax.collectives.gather import gather_scan
+from zeco_jax.collectives.hierarchical import hierarchical_scan
+from zeco_jax.collectives.maps import AffineMap, position_along
+from zeco_jax.collectives.transpose import transpose_scan
 from zeco_jax.varying import cast_varying, match_varying
 
-SCHEDULES = ("auto", "chain")
+SCHEDULES = ("auto", "chain", "doubling", "gather", "transpose", "serial", "hierarchical")
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,11 @@ def all_scan(
         state: [..., K, V] floating point, what this rank's stretch adds.
         decay: [..., K] (per key channel) or [...] (per head), in [0, 1], linear (not a logarithm).
         axis_name: mesh axis along which the ranks are ordered, or a tuple of axes, slowest first.
-        schedule: "chain" passes the state from rank to rank in blocks, one state on each link; "auto" chooses.
+        schedule: "chain" passes the state from rank to rank in blocks, one state on each link (ZeCO); "doubling" is a
+            scan in logarithmically many rounds; "gather" one all-gather of everybody's summary (LASP-2); "transpose"
+            two all-to-alls with a local scan between them; "serial" the chain in one block (LASP-1); "hierarchical"
+            takes the axes of a tuple level by level; "auto" chooses by the cost model, see
+            `zeco_jax.collectives.cost`.
         blocks: number of pipeline blocks of the chain; None chooses from hop latency and bandwidth.
         reverse: scan from the last rank to the first.
         initial_state: [..., K, V], what enters the first rank; None stands for zero. Only that rank's value counts.
@@ -111,15 +129,54 @@ def _check(state: jax.Array, decay: jax.Array, initial_state: jax.Array | None) 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _all_scan(state: jax.Array, decay: jax.Array, initial: jax.Array, options: AllScanOptions) -> jax.Array:
     rows = (-1, state.shape[-1])
-    entering = chain_scan(
-        state.reshape(rows),
-        decay.reshape(-1),
-        initial.reshape(rows),
-        options.axis_name,
-        blocks=options.blocks,
-        reverse=options.reverse,
-    )
-    return entering.reshape(state.shape)
+    own = AffineMap(decay.reshape(-1), state.reshape(rows))
+    return _scan_rows(own, initial.reshape(rows), options).reshape(state.shape)
+
+
+def _scan_rows(own: AffineMap, initial: jax.Array, options: AllScanOptions) -> jax.Array:
+    """Runs the schedule on rows [R] and [R, V]."""
+    axis_name, reverse = options.axis_name, options.reverse
+    choice = _choose(own, options)
+    first = position_along(axis_name, reverse=reverse) == 0
+    if axis_size(axis_name) == 1:
+        return jnp.where(first, initial, 0)
+    if choice.schedule == "chain":
+        return chain_of_rows(own, initial, axis_name, blocks=choice.blocks, reverse=reverse)
+    # The first rank's map takes the initial state in, so that nobody else needs it.
+    own = AffineMap(own.decay, jnp.where(first, own(initial), own.state))
+
+    def scan(schedule: str, own: AffineMap, axis_name: AxisName) -> jax.Array:
+        if schedule == "chain":
+            zero = jnp.zeros_like(own.state)
+            return chain_of_rows(own, zero, axis_name, blocks=choice.blocks, reverse=reverse)
+        if schedule == "doubling":
+            return doubling_scan(own, axis_name, reverse=reverse, state_only=True).state
+        return {"gather": gather_scan, "transpose": transpose_scan}[schedule](own, axis_name, reverse=reverse)
+
+    if choice.schedule == "hierarchical":
+        axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        entering = hierarchical_scan(own, axes, partial(scan, choice.slowest), reverse=reverse)
+    else:
+        entering = scan(choice.schedule, own, axis_name)
+    return jnp.where(first, initial, entering)
+
+
+def _choose(own: AffineMap, options: AllScanOptions) -> Choice:
+    """Schedule and blocks, where the options leave them open."""
+    names = options.axis_name if isinstance(options.axis_name, tuple) else (options.axis_name,)
+    sizes = [axis_size(name) for name in names]
+    payload = Payload(*own.state.shape, own.state.dtype.itemsize)
+    network = default_network(jax.default_backend())
+    if options.schedule == "serial":
+        return Choice("chain", 1, "chain")
+    if options.schedule == "auto":
+        choice = choose(payload, sizes, network)
+    elif options.schedule == "hierarchical":
+        choice = choose_hierarchical(payload, sizes, network)
+    else:
+        blocks = chain_blocks(payload, math.prod(sizes), network.links([math.prod(sizes)])[0])
+        choice = Choice(options.schedule, blocks, options.schedule)
+    return choice if options.blocks is None else choice._replace(blocks=options.blocks)
 
 
 def _forward(

@@ -11,8 +11,8 @@ def doubling_distances(ranks: int) -> list[int]:
     """How far each round sends: 1, 2, 3, 6, 12, ... until every rank has heard of all ranks before it.
 
     After these rounds a rank knows 1, 3, 6, 12, ... ranks before it. That is never more rounds, and for many P one
-    less, than a shift by one followed by doubling: `2 + ceil(log2((P - 1) / 3))` for P > 2 (J. L. Träff's "123-doubling"
-    for exclusive scans).
+    less, than a shift by one followed by doubling: `2 + ceil(log2((P - 1) / 3))` for P > 2 (J. L. Träff's
+    "123-doubling" for exclusive scans).
 
     Example:
         >>> from zeco_jax.collectives.doubling import doubling_distances

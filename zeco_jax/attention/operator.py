@@ -1,5 +1,6 @@
 """Linear attention as one differentiable operator: a backend for the local work, an exchange for what lies outside."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from zeco_jax.attention.backend import Backend, Summary, total_decay
+from zeco_jax.attention.backend import Backend, Gradients, Summary, total_decay
 from zeco_jax.attention.gates import accumulation_dtype, normalize_gates
 from zeco_jax.varying import match_varying
 
@@ -16,7 +17,13 @@ class Exchange(Protocol):
     """Delivers to each rank the state that enters it, and backwards the cotangent of the state that leaves it.
 
     An exchange is static: hashable, and equal when it does the same.
+
+    Attributes:
+        takes_turns: whether ranks work one after the other, through `take_turns`, instead of all at once around
+            `forward` and `reverse`.
     """
+
+    takes_turns: bool
 
     def forward(self, summary: Summary, initial_state: jax.Array) -> jax.Array:
         """The state that enters this rank [B, H, K, V]; `initial_state` enters the first one."""
@@ -27,6 +34,11 @@ class Exchange(Protocol):
         `summary.decay` is the rank's decay as in `forward`, `summary.state` the cotangent that its own results put on
         the state that enters it; what the ranks after this one put on it is the result.
         """
+
+    def take_turns[Results](
+        self, work: Callable[[jax.Array], tuple[Results, jax.Array]], first: jax.Array, *, reverse: bool
+    ) -> tuple[Results, jax.Array]:
+        """Runs `entering state -> (results, leaving state)` rank by rank; returns the results and what entered."""
 
     def into_initial(self, dstate_in: jax.Array) -> jax.Array:
         """This rank's share of the initial state's cotangent: `dstate_in` on the first rank, zero elsewhere."""
@@ -112,6 +124,14 @@ def _forward(
     if exchange is None:
         out, state_out = backend.replay(q, k, v, gates, initial_state)
         return (checkpoint_name(out, "attention_out"), state_out), Residuals(q, k, v, gates, initial_state)
+    if exchange.takes_turns:
+
+        def work(state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            results = backend.replay(q, k, v, gates, state)
+            return results, results[1]
+
+        results, state_in = exchange.take_turns(work, initial_state, reverse=False)
+        return results, Residuals(q, k, v, gates, state_in)
     summary = backend.summarize(k, v, gates)
     # Named, so that rematerialisation can keep both results and then neither attends nor exchanges again.
     state_in = checkpoint_name(exchange.forward(summary, initial_state), "entering_state")
@@ -129,6 +149,14 @@ def _backward(
     if exchange is None:
         gradients, dstate_in = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out)
         return *gradients, dstate_in
+    if exchange.takes_turns:
+
+        def work(dstate_later: jax.Array) -> tuple[tuple[Gradients, jax.Array], jax.Array]:
+            results = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out + dstate_later)
+            return results, results[1]
+
+        (gradients, dstate_in), _ = exchange.take_turns(work, jnp.zeros_like(dstate_out), reverse=True)
+        return *gradients, exchange.into_initial(dstate_in)
     total = total_decay(gates, state_in.shape)
     own = Summary(total, backend.summarize_adjoint(q, gates, dout))
     later = exchange.reverse(Summary(total, own.leave(dstate_out)))

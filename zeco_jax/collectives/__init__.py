@@ -3,5 +3,16 @@
 from zeco_jax.collectives.all_scan import SCHEDULES, AllScanOptions, all_scan
 from zeco_jax.collectives.axis import AxisName, axis_index, axis_names, axis_size
 from zeco_jax.collectives.halo import halo
+from zeco_jax.collectives.serial import take_turns
 
-__all__ = ["SCHEDULES", "AllScanOptions", "AxisName", "all_scan", "axis_index", "axis_names", "axis_size", "halo"]
+__all__ = [
+    "SCHEDULES",
+    "AllScanOptions",
+    "AxisName",
+    "all_scan",
+    "axis_index",
+    "axis_names",
+    "axis_size",
+    "halo",
+    "take_turns",
+]

@@ -1,12 +1,13 @@
 """All-Scan as the exchange of linear attention: this is ZeCO (arXiv 2507.01004, section 3)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from zeco_jax.attention import Summary
-from zeco_jax.collectives import AllScanOptions, all_scan, axis_index
+from zeco_jax.collectives import AllScanOptions, all_scan, axis_index, take_turns
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,22 @@ class AllScanExchange:
     """Brings the entering state by an All-Scan, and its cotangent by a reverse one with the same decays.
 
     Attributes:
-        options: where the All-Scan runs and how.
+        options: where the All-Scan runs and how. With the schedule "serial", ranks work one after the other (LASP-1,
+            arXiv 2404.02882): each receives the state before its own work and sends it after.
     """
 
     options: AllScanOptions
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether ranks work one after the other."""
+        return self.options.schedule == "serial"
+
+    def take_turns[Results](
+        self, work: Callable[[jax.Array], tuple[Results, jax.Array]], first: jax.Array, *, reverse: bool
+    ) -> tuple[Results, jax.Array]:
+        """Runs `entering state -> (results, leaving state)` rank by rank; returns the results and what entered."""
+        return take_turns(work, first, self.options.axis_name, reverse=reverse)
 
     def _scan(self, summary: Summary, options: AllScanOptions, initial_state: jax.Array | None) -> jax.Array:
         return all_scan(

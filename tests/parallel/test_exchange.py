@@ -34,8 +34,11 @@ def collectives_of(function, *structs):
     return collectives_in(jax.jit(function).lower(*structs).compile().as_text())
 
 
+chain_on = partial(attend_on, schedule="chain")
+
+
 def attend(ranks, structs, **options):
-    return attend_on(ranks, **options)(**structs)
+    return chain_on(ranks, **options)(**structs)
 
 
 def assert_one_exchange(records, ranks, *, reverse=False, state_bytes=STATE_BYTES):
@@ -96,7 +99,7 @@ def test_only_a_used_final_state_is_shared():
 
 def test_only_packed_documents_send_an_id():
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32)
-    records = collectives_of(lambda structs, ids: attend_on(4)(**structs, segment_ids=ids)[0], arguments(), ids)
+    records = collectives_of(lambda structs, ids: chain_on(4)(**structs, segment_ids=ids)[0], arguments(), ids)
     id_bytes = B * 4
     halos = [record for record in records if record.bytes == id_bytes]
     assert len(halos) == 1
@@ -154,7 +157,7 @@ def test_whole_arrays_are_not_moved(kind):
     }
 
     def gradient(structs, dout):
-        run = partial(zeco_jax.sharded_linear_attention, mesh=grid, batch="data")
+        run = partial(zeco_jax.sharded_linear_attention, mesh=grid, batch="data", schedule="chain")
         return jax.vjp(lambda structs: run(**structs)[0], structs)[1](dout)
 
     dout = jax.ShapeDtypeStruct((B, T, H, V), jnp.float32, sharding=cut)
@@ -175,7 +178,7 @@ INSIDE_CHUNKS = B * TOKENS_PER_RANK * CHUNK * H * (K + V)
 
 
 def in_long_chunks(structs):
-    return attend_on(4, chunk_size=CHUNK)(**structs)[0]
+    return chain_on(4, chunk_size=CHUNK)(**structs)[0]
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])

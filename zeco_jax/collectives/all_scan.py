@@ -75,7 +75,8 @@ def all_scan(
             two all-to-alls with a local scan between them; "serial" the chain in one block (LASP-1); "hierarchical"
             takes the axes of a tuple level by level; "auto" chooses by the cost model, see
             `zeco_jax.collectives.cost`.
-        blocks: number of pipeline blocks of the chain; None chooses from hop latency and bandwidth.
+        blocks: number of pipeline blocks of the chain, which "auto" then takes; None chooses from hop latency and
+            bandwidth.
         reverse: scan from the last rank to the first.
         initial_state: [..., K, V], what enters the first rank; None stands for zero. Only that rank's value counts.
 
@@ -169,6 +170,8 @@ def _choose(own: AffineMap, options: AllScanOptions) -> Choice:
     network = default_network(jax.default_backend())
     if options.schedule == "serial":
         return Choice("chain", 1, "chain")
+    if options.schedule == "auto" and options.blocks is not None:
+        return Choice("chain", options.blocks, "chain")
     if options.schedule == "auto":
         choice = choose(payload, sizes, network)
     elif options.schedule == "hierarchical":

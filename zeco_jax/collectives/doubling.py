@@ -50,10 +50,9 @@ def doubling_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool, state_o
         # The second round sends what is before this rank and the rank itself; only so it reaches a distance of 2.
         known = own if round_number == 0 else before.then(own) if round_number == 1 else before
         pairs = shift_pairs(ranks, distance, reverse=reverse)
-        state = jax.lax.ppermute(known.state, axis_name, pairs)
         if state_only and round_number == len(distances) - 1:
-            return AffineMap(before.decay, before(state))
-        decay = jax.lax.ppermute(known.decay, axis_name, pairs)
+            return AffineMap(before.decay, before(jax.lax.ppermute(known.state, axis_name, pairs)))
+        heard = AffineMap.unpack(jax.lax.ppermute(known.pack(), axis_name, pairs), own.decay.size)
         # A rank without a source has nothing further before it: the identity. The state is 0 already.
-        before = AffineMap(jnp.where(position >= distance, decay, 1), state).then(before)
+        before = AffineMap(jnp.where(position >= distance, heard.decay, 1), heard.state).then(before)
     return before

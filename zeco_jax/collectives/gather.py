@@ -19,7 +19,7 @@ def gather_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.Ar
         [R, V]. Each rank receives P - 1 maps.
     """
     position = position_along(axis_name, reverse=reverse)
-    everyone = jax.lax.all_gather(own, axis_name)
+    everyone = AffineMap.unpack(jax.lax.all_gather(own.pack(), axis_name), own.decay.size)
     places = jnp.arange(axis_size(axis_name))
 
     def visit(entering: jax.Array, rank: tuple[jax.Array, AffineMap]) -> tuple[jax.Array, None]:

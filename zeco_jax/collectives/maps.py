@@ -27,6 +27,17 @@ class AffineMap(NamedTuple):
         """The map of this stretch and the one after it together."""
         return AffineMap(self.decay * later.decay, later(self.state))
 
+    def pack(self) -> jax.Array:
+        """Both parts in one array [..., R (V + 1)], so that one message carries them."""
+        flat = self.state.reshape(*self.decay.shape[:-1], -1)
+        return jnp.concatenate([flat, self.decay], axis=-1)
+
+    @classmethod
+    def unpack(cls, packed: jax.Array, rows: int) -> "AffineMap":
+        """The map that `pack` packed."""
+        state, decay = packed[..., :-rows], packed[..., -rows:]
+        return cls(decay, state.reshape(*decay.shape, -1))
+
     def identity(self) -> "AffineMap":
         """The map of no tokens at all, in the shapes of this one."""
         return AffineMap(jnp.ones_like(self.decay), jnp.zeros_like(self.state))

@@ -33,7 +33,8 @@ def spread_rows(own: AffineMap, axis_name: AxisName) -> AffineMap:
     R is filled up with rows of zeros to a multiple of P.
     """
     ranks = axis_size(axis_name)
-    return jax.tree.map(lambda x: _all_to_all(_cut(x, ranks), axis_name), own)
+    shares = jax.tree.map(lambda x: _cut(x, ranks), own)
+    return AffineMap.unpack(_all_to_all(shares.pack(), axis_name), shares.decay.shape[-1])
 
 
 def collect_rows(entering: jax.Array, rows: int, axis_name: AxisName) -> jax.Array:

@@ -16,6 +16,8 @@ from zeco_jax.attention.xla.stretch import (
     stretch_inter,
     stretch_intra,
     stretch_replay,
+    stretch_state_adjoint_by_chunks,
+    stretch_state_by_chunks,
     stretch_summary,
     stretch_summary_adjoint,
 )
@@ -135,7 +137,13 @@ class XlaBackend(Backend):
         """See `Backend.summarize`."""
         batch, _, heads, key_width = k.shape
         state = zeros_varying((batch, heads, key_width, v.shape[-1]), gates.dtype, like=k)
-        state, _ = self._stretch_states(k, v, gates, state)
+        partition = self._partition(k, v)
+        if partition.stretches == 1:
+            state, _ = partition.walk(
+                lambda _, stretch: (stretch_state_by_chunks(*stretch, k.dtype), ()), state, (k, v, gates)
+            )
+        else:
+            state, _ = self._stretch_states(k, v, gates, state)
         return Summary(total_decay(gates, state.shape), state)
 
     def _stretch_states(
@@ -155,10 +163,14 @@ class XlaBackend(Backend):
         dstate = zeros_varying((batch, heads, key_width, dout.shape[-1]), gates.dtype, like=q)
 
         def visit(dstate: jax.Array, stretch: Arrays) -> tuple[jax.Array, tuple[()]]:
-            log_decay, added = stretch_summary_adjoint(*stretch, q.dtype)
-            return jnp.exp(log_decay)[..., None] * dstate + self.scale * added, ()
+            *inputs, cotangent = stretch
+            if partition.stretches == 1:
+                return stretch_state_adjoint_by_chunks(*inputs, self.scale * cotangent, q.dtype), ()
+            log_decay, added = stretch_summary_adjoint(*inputs, self.scale * cotangent, q.dtype)
+            return jnp.exp(log_decay)[..., None] * dstate + added, ()
 
-        return self._partition(q, dout).walk(visit, dstate, (q, gates, dout), reverse=True)[0]
+        partition = self._partition(q, dout)
+        return partition.walk(visit, dstate, (q, gates, dout), reverse=True)[0]
 
     def replay(
         self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state_in: jax.Array
@@ -173,9 +185,14 @@ class XlaBackend(Backend):
         state_out, out = partition.walk(visit, state_in, (q, k, v, gates))
         return partition.join(out), state_out
 
-    def replay_intra(self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array) -> jax.Array:
-        """See `Backend.replay_intra`: scores within chunks, applied to v, in the accumulation dtype."""
+    def replay_intra(self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array) -> jax.Array | None:
+        """See `Backend.replay_intra`: scores within chunks, applied to v, in the accumulation dtype.
+
+        Not where all tokens make one stretch: a replay without a loop is free to begin with what needs no state.
+        """
         partition = self._partition(k, v)
+        if partition.stretches == 1:
+            return None
 
         def visit(nothing: tuple[()], stretch: Arrays) -> tuple[tuple[()], jax.Array]:
             return nothing, self.scale * stretch_intra(*stretch, q.dtype)
@@ -186,6 +203,8 @@ class XlaBackend(Backend):
         self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state_in: jax.Array, intra: jax.Array | None
     ) -> jax.Array:
         """See `Backend.replay_inter`."""
+        if intra is None:
+            return self.replay(q, k, v, gates, state_in)[0]
         partition = self._partition(k, v)
 
         def visit(state: jax.Array, stretch: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -210,9 +229,11 @@ class XlaBackend(Backend):
 
     def replay_intra_adjoint(
         self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, dout: jax.Array
-    ) -> Gradients:
+    ) -> Gradients | None:
         """See `Backend.replay_intra_adjoint`; in the accumulation dtype, so that the sum is rounded once."""
         partition = self._partition(k, v)
+        if partition.stretches == 1:
+            return None
 
         def visit(nothing: tuple[()], stretch: Arrays) -> tuple[tuple[()], Arrays]:
             *inputs, cotangent = stretch
@@ -234,7 +255,8 @@ class XlaBackend(Backend):
         intra: Gradients | None,
     ) -> tuple[Gradients, jax.Array]:
         """See `Backend.replay_inter_adjoint`."""
-        return self._replay_backwards(stretch_inter, q, k, v, gates, state_in, dout, dstate_out, intra)
+        replay = stretch_replay if intra is None else stretch_inter
+        return self._replay_backwards(replay, q, k, v, gates, state_in, dout, dstate_out, intra)
 
     def _replay_backwards(
         self,

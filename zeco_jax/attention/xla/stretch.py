@@ -64,15 +64,49 @@ def stretch_inter(
 ) -> tuple[jax.Array, jax.Array]:
     """What the tokens see of the chunks before theirs, [N, B, H, C, V], and the state that leaves."""
     tree = decay_tree(gates) if tree is None else tree
-    added = contract("...ck,...cv->...kv", k * jnp.exp(tree.from_token), v, operand_dtype)
+    state_out, entering = _pass_chunks(tree, _added_states(k, v, tree, operand_dtype), state_in)
+    return _read_states(q, entering, tree, operand_dtype), state_out
+
+
+def stretch_state_by_chunks(k: jax.Array, v: jax.Array, gates: jax.Array, operand_dtype: jnp.dtype) -> jax.Array:
+    """The state that the stretch leaves from zero, through the very products that `stretch_inter` makes.
+
+    For a stretch that is both summarized and replayed in one program: the compiler sees that the products are the same.
+    """
+    tree = decay_tree(gates)
+    added = _added_states(k, v, tree, operand_dtype)
+    return _pass_chunks(tree, added, jnp.zeros_like(added[0]))[0]
+
+
+def stretch_state_adjoint_by_chunks(
+    q: jax.Array, gates: jax.Array, dout: jax.Array, operand_dtype: jnp.dtype
+) -> jax.Array:
+    """The cotangent of the entering state, through the very products that the gradient of `stretch_inter` makes."""
+    tree = decay_tree(gates)
+    entering = jnp.zeros_like(jnp.swapaxes(q, -1, -2)[..., :1] * dout[..., :1, :])
+    _, read_back = jax.vjp(lambda states: _read_states(q, states, tree, operand_dtype), entering)
+    _, pass_back = jax.vjp(lambda state: _pass_chunks(tree, entering, state)[1], entering[0])
+    return pass_back(*read_back(dout))[0]
+
+
+def _added_states(k: jax.Array, v: jax.Array, tree: DecayTree, operand_dtype: jnp.dtype) -> jax.Array:
+    """The states that each chunk leaves from zero, [N, B, H, K, V]."""
+    return contract("...ck,...cv->...kv", k * jnp.exp(tree.from_token), v, operand_dtype)
+
+
+def _pass_chunks(tree: DecayTree, added: jax.Array, state_in: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The state that leaves the last chunk, and those that enter each chunk, [N, B, H, K, V]."""
 
     def pass_chunk(state: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         decay, state_added = chunk
         return decay[..., None] * state + state_added, state
 
-    state_out, entering = jax.lax.scan(pass_chunk, state_in, (jnp.exp(tree.total), added))
-    out = contract("...ck,...kv->...cv", q * jnp.exp(tree.to_token), entering, operand_dtype)
-    return out, state_out
+    return jax.lax.scan(pass_chunk, state_in, (jnp.exp(tree.total), added))
+
+
+def _read_states(q: jax.Array, entering: jax.Array, tree: DecayTree, operand_dtype: jnp.dtype) -> jax.Array:
+    """What the queries of each chunk read from the state that enters it, [N, B, H, C, V]."""
+    return contract("...ck,...kv->...cv", q * jnp.exp(tree.to_token), entering, operand_dtype)
 
 
 def stretch_replay(

@@ -11,6 +11,10 @@ from zeco_jax.attention.xla.contract import contract
 from zeco_jax.attention.xla.decay_tree import DecayTree, decay_tree
 from zeco_jax.attention.xla.scores import decayed_scores
 
+# Turns of the loop over chunks that are compiled as one: a turn costs a few microseconds of launches on a GPU. On an
+# H200, forward + backward of [1, 16384, 16, 128, 128] take 10.5 ms with 1, 8.4 with 4, 8.3 with 8 and with 16.
+CHUNKS_AT_ONCE = 8
+
 
 def cut_chunks(x: jax.Array, chunk: int) -> jax.Array:
     """[B, N C, H, *] -> [N, B, H, C, *]."""
@@ -101,7 +105,7 @@ def _pass_chunks(tree: DecayTree, added: jax.Array, state_in: jax.Array) -> tupl
         decay, state_added = chunk
         return decay[..., None] * state + state_added, state
 
-    return jax.lax.scan(pass_chunk, state_in, (jnp.exp(tree.total), added))
+    return jax.lax.scan(pass_chunk, state_in, (jnp.exp(tree.total), added), unroll=CHUNKS_AT_ONCE)
 
 
 def _read_states(q: jax.Array, entering: jax.Array, tree: DecayTree, operand_dtype: jnp.dtype) -> jax.Array:

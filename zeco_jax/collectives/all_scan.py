@@ -21,10 +21,11 @@ from zeco_jax.collectives.doubling import doubling_scan
 from zeco_jax.collectives.gather import gather_scan
 from zeco_jax.collectives.hierarchical import hierarchical_scan
 from zeco_jax.collectives.maps import AffineMap, position_along
+from zeco_jax.collectives.remote_dma import remote_dma_scan
 from zeco_jax.collectives.transpose import transpose_scan
 from zeco_jax.varying import cast_varying, match_varying
 
-SCHEDULES = ("auto", "chain", "doubling", "gather", "transpose", "serial", "hierarchical")
+SCHEDULES = ("auto", "chain", "doubling", "gather", "transpose", "serial", "hierarchical", "remote_dma")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def all_scan(
         schedule: "chain" passes the state from rank to rank in blocks, one state on each link (ZeCO); "doubling" is a
             scan in logarithmically many rounds; "gather" one all-gather of everybody's summary (LASP-2); "transpose"
             two all-to-alls with a local scan between them; "serial" the chain in one block (LASP-1); "hierarchical"
-            takes the axes of a tuple level by level; "auto" chooses by the cost model, see
+            takes the axes of a tuple level by level; "remote_dma" is the chain as one Pallas kernel for TPUs, which the
+            compiler has seen but no TPU has run; "auto" chooses among the others by the cost model, see
             `zeco_jax.collectives.cost`.
         blocks: number of pipeline blocks of the chain, which "auto" then takes; None chooses from hop latency and
             bandwidth.
@@ -143,6 +145,8 @@ def _scan_rows(own: AffineMap, initial: jax.Array, options: AllScanOptions) -> j
         return jnp.where(first, initial, 0)
     if choice.schedule == "chain":
         return chain_of_rows(own, initial, axis_name, blocks=choice.blocks, reverse=reverse)
+    if choice.schedule == "remote_dma":
+        return remote_dma_scan(own, initial, axis_name, blocks=choice.blocks, reverse=reverse)
     # The first rank's map takes the initial state in, so that nobody else needs it.
     own = AffineMap(own.decay, jnp.where(first, own(initial), own.state))
 

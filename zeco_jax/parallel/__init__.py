@@ -4,6 +4,7 @@ from zeco_jax.parallel.exchange import AllScanExchange
 from zeco_jax.parallel.linear_attention import linear_attention
 from zeco_jax.parallel.sharded import sharded_linear_attention
 from zeco_jax.parallel.sharding import MeshAxes, SequenceSharding, axis_tuple
+from zeco_jax.parallel.ulysses import ulysses_attention
 
 __all__ = [
     "AllScanExchange",
@@ -12,4 +13,5 @@ __all__ = [
     "axis_tuple",
     "linear_attention",
     "sharded_linear_attention",
+    "ulysses_attention",
 ]

@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pytest
+
+from experiments import exposure, operators
+
+SMALL = ["--tokens-per-rank", "16", "--heads", "2", "--key-width", "4", "--value-width", "4", "--chunk-size", "16"]
+QUICK = [*SMALL, "--devices", "2", "1", "--seconds", "0.01"]
+
+
+def test_writes_tables_record_and_figure(tmp_path, capsys):
+    strategies = ["--strategies", "loopback", "chain", "serial", "ulysses"]
+    assert operators.main([*QUICK, *strategies, "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "operators.json").read_text())["measurements"]
+    alone, together = ["none", "loopback"], ["none", "loopback", "chain", "serial", "ulysses"]
+    assert [(row["ranks"], row["strategy"]) for row in rows] == [(1, s) for s in alone] + [(2, s) for s in together]
+    for row in rows:
+        for name in ("forward", "gradient"):
+            low, median, high = row[name]
+            assert 0 < low <= median <= high
+            assert row[f"{name}_ratio"] == 1 if row["strategy"] == "none" else row[f"{name}_ratio"] > 0
+    assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "113.71" in printed
+    assert "ulysses" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--devices", "0"], "devices"),
+        (["--devices", "4096"], "devices"),
+        (["--tokens-per-rank", "0"], "tokens_per_rank"),
+        (["--seconds", "0"], "seconds"),
+        (["--backend", "cuda", "--devices", "1"], "backend"),
+        (["--strategies", "teleport"], "strategies"),
+    ],
+)
+def test_impossible_value_is_named(tmp_path, capsys, arguments, named):
+    try:
+        status = operators.main([*SMALL, *arguments, "--output", str(tmp_path)])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert named in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_strategies_that_cannot_run_are_left_out():
+    config = operators.OperatorsConfig(heads=6, strategies=("ulysses", "chain"))
+    assert operators.strategies_on(4, config) == ["none", "chain"]
+    assert operators.strategies_on(2, config) == ["none", "chain", "ulysses"]
+    assert operators.strategies_on(1, config) == ["none"]
+
+
+class Named:
+    """A plane, line or event of a trace, as the profiler's Python interface shows it."""
+
+    def __init__(self, name, **fields):
+        self.name = name
+        self.__dict__.update(fields)
+
+
+def event(name, start, duration):
+    return Named(name, start_ns=start, duration_ns=duration)
+
+
+def test_exposure_is_what_no_other_kernel_covers():
+    def device(number, waits):
+        compute = [event("gemm", 0, 100), event("loop_fusion", 150, 50)]
+        exchange = [event("ncclDevKernel_SendRecv", 80, waits)]
+        lines = [
+            Named("Stream #1(Compute)", events=compute),
+            Named("Stream #2", events=exchange),
+            Named("XLA Modules", events=[event("jit_f", 0, 1000)]),
+        ]
+        return Named(f"/device:GPU:{number}", lines=lines)
+
+    host = Named("/host:CPU", lines=[Named("Stream of thoughts", events=[event("nccl", 0, 9999)])])
+    profile = Named("profile", planes=[host, device(0, 20), device(1, 100)])
+    # The second device's exchange runs from 80 to 180; nothing else does between 100 and 150.
+    np.testing.assert_allclose(exposure.exposure_in(profile, runs=2), [100e-9 / 2, 50e-9 / 2, 0])
+
+
+def test_trace_without_kernels_is_refused():
+    with pytest.raises(ValueError, match="profile"):
+        exposure.exposure_in(Named("profile", planes=[]))
+
+
+@pytest.mark.gpu
+def test_exposure_of_a_program_without_exchange():
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((1024, 1024))
+    run = jax.jit(lambda x: x @ x)
+    run(x)
+    assert exposure.measure_exposure(lambda: run(x), runs=2) == (0, 0, 0)

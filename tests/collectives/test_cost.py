@@ -102,7 +102,7 @@ def test_blocks_follow_the_square_root():
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 def test_two_ranks_need_one_round(network, kib):
     choice = choose(Payload(kib * 2, 128), (2,), network)
-    assert (choice.schedule, choice.blocks, choice.cost.rounds) == ("chain", 1, 1)
+    assert (choice.schedule, choice.blocks, choice.cost.rounds) == ("doubling", 1, 1)
 
 
 @pytest.mark.parametrize("kib", [64, 1024, 65536])

@@ -15,11 +15,11 @@ from zeco_jax.collectives.cost import (
     chain_blocks,
     choose,
     choose_hierarchical,
-    default_network,
 )
 from zeco_jax.collectives.doubling import doubling_scan
 from zeco_jax.collectives.gather import gather_scan
 from zeco_jax.collectives.hierarchical import hierarchical_scan
+from zeco_jax.collectives.links import network_in_scope
 from zeco_jax.collectives.maps import AffineMap, position_along
 from zeco_jax.collectives.remote_dma import remote_dma_scan
 from zeco_jax.collectives.transpose import transpose_scan
@@ -171,7 +171,7 @@ def _choose(own: AffineMap, options: AllScanOptions) -> Choice:
     names = options.axis_name if isinstance(options.axis_name, tuple) else (options.axis_name,)
     sizes = [axis_size(name) for name in names]
     payload = Payload(*own.state.shape, own.state.dtype.itemsize)
-    network = default_network(jax.default_backend())
+    network = network_in_scope()
     if options.schedule == "serial":
         return Choice("chain", 1, "chain")
     if options.schedule == "auto" and options.blocks is not None:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from zeco_jax.collectives.doubling import doubling_distances
 from zeco_jax.collectives.links import Link, Network
-from zeco_jax.collectives.links import default_network as default_network
 
-FLAT_SCHEDULES = ("chain", "doubling", "gather", "transpose")
+# Of two that cost the same the first is taken: between two ranks, doubling is the chain without its blocks.
+FLAT_SCHEDULES = ("doubling", "chain", "gather", "transpose")
 
 # Predictions closer than this are a tie, which fewer rounds win.
 TIE = 1.03
@@ -119,7 +119,7 @@ def cost_of(schedule: str, payload: Payload, ranks: int, link: Link, blocks: int
         return Cost(0, 0, 0.0)
     state, whole = payload.state_bytes, payload.map_bytes
     if schedule in ("chain", "serial"):
-        blocks = 1 if schedule == "serial" else min(blocks, payload.rows)
+        blocks = 1 if schedule == "serial" else min(blocks, max(payload.rows, 1))
         block = -(-payload.rows // blocks) * payload.width * payload.itemsize
         rounds = ranks - 2 + blocks
         return Cost(rounds, blocks * block, rounds * _hop_seconds(link, block, pipelined=blocks > 1))

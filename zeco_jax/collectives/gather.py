@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from zeco_jax.collectives.axis import AxisName, axis_size
-from zeco_jax.collectives.maps import AffineMap, position_along
+from zeco_jax.collectives.maps import UNROLL, AffineMap, position_along
 
 
 def gather_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.Array:
@@ -27,4 +27,4 @@ def gather_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.Ar
         return jnp.where(place < position, earlier(entering), entering), None
 
     ranks = (places[::-1] if reverse else places, everyone)
-    return jax.lax.scan(visit, jnp.zeros_like(own.state), ranks, reverse=reverse)[0]
+    return jax.lax.scan(visit, jnp.zeros_like(own.state), ranks, reverse=reverse, unroll=UNROLL)[0]

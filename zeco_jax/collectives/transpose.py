@@ -4,11 +4,13 @@ Each rank sends and receives two states less what stays at home, in two rounds, 
 chain, up to a factor of two, at a latency that does not grow along the ranks.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from zeco_jax.collectives.axis import AxisName, axis_size
-from zeco_jax.collectives.maps import AffineMap
+from zeco_jax.collectives.maps import UNROLL, AffineMap
 
 
 def transpose_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.Array:
@@ -45,13 +47,15 @@ def collect_rows(entering: jax.Array, rows: int, axis_name: AxisName) -> jax.Arr
 
 def scan_shares(shares: AffineMap, entering_first: jax.Array, *, reverse: bool) -> jax.Array:
     """The states [P, R / P, V] that enter the maps of `spread_rows`, one after the other."""
-    return jax.lax.scan(lambda state, rank: (rank(state), state), entering_first, shares, reverse=reverse)[1]
+    visit = partial(jax.lax.scan, lambda state, rank: (rank(state), state), reverse=reverse, unroll=UNROLL)
+    return visit(entering_first, shares)[1]
 
 
 def compose_shares(shares: AffineMap, *, reverse: bool) -> AffineMap:
     """The map of all ranks of `spread_rows` together, on this rank's share of the rows."""
     start = jnp.zeros_like(shares.state[0])
-    leaving, _ = jax.lax.scan(lambda state, rank: (rank(state), None), start, shares, reverse=reverse)
+    visit = partial(jax.lax.scan, lambda state, rank: (rank(state), None), reverse=reverse, unroll=UNROLL)
+    leaving, _ = visit(start, shares)
     return AffineMap(jnp.prod(shares.decay, axis=0), leaving)
 
 

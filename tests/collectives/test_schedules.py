@@ -11,6 +11,8 @@ import zeco_jax
 from tests import agreement, oracle
 from tests.collectives.exchanges import FLAT, MESHES, all_scan_over, make, mesh_id
 from tests.meshes import per_rank
+from zeco_jax.collectives.links import ICI_V5E, NETWORK_VARIABLE, torus
+from zeco_jax.collectives.transpose import all_to_all_by_permutes
 
 
 def cases_of(ranks: int):
@@ -21,6 +23,26 @@ def cases_of(ranks: int):
             del arrays["initial_state"]
         for reverse in (False, True):
             yield arrays, cotangent, {"reverse": reverse}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_all_to_all_by_permutes_equals_the_collective(ranks):
+    """What stands in for an all-to-all on the rings of a TPU."""
+
+    def both(x):
+        collective = jax.lax.all_to_all(x, "seq", split_axis=0, concat_axis=0)
+        return collective, all_to_all_by_permutes(x, "seq")
+
+    x = np.random.default_rng(0).normal(size=(ranks, ranks, 3)).astype(np.float32)
+    collective, permutes = jax.jit(per_rank(both, ranks))(x)
+    np.testing.assert_array_equal(permutes, collective)
+
+
+def test_transpose_on_a_ring_agrees_with_the_oracle(tmp_path, monkeypatch):
+    torus(ICI_V5E).save(tmp_path / "ring.json")
+    monkeypatch.setenv(NETWORK_VARIABLE, str(tmp_path / "ring.json"))
+    assert_agrees_with_oracle((5,), schedule="transpose")
+    assert_agrees_with_oracle((2, 4), schedule="hierarchical")
 
 
 def assert_agrees_with_oracle(sizes: tuple[int, ...], *, check_vma: bool = True, **options):

@@ -195,7 +195,9 @@ def choose_hierarchical(payload: Payload, sizes: Sequence[int], network: Network
     for size in sizes[1:]:
         share = share.share(size)
     choices = []
-    for name in FLAT_SCHEDULES:
+    # XLA for TPUs makes an all-reduce of a small all-gather, and waits for it; permutes hide.
+    names = [name for name in FLAT_SCHEDULES if name != "gather" or not links[0].ring]
+    for name in names:
         blocks = chain_blocks(share, sizes[0], links[0]) if name == "chain" else 1
         choices.append(Choice("hierarchical", blocks, name, hierarchical_cost(payload, sizes, links, name, blocks)))
     return _best(choices)

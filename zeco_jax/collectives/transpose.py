@@ -9,7 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_size
+from zeco_jax.collectives.axis import AxisName, axis_index, axis_size
+from zeco_jax.collectives.links import network_in_scope
 from zeco_jax.collectives.maps import UNROLL, AffineMap
 
 
@@ -66,4 +67,22 @@ def _cut(x: jax.Array, ranks: int) -> jax.Array:
 
 
 def _all_to_all(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    if network_in_scope().inside.ring:
+        return all_to_all_by_permutes(x, axis_name)
     return jax.lax.all_to_all(x, axis_name, split_axis=0, concat_axis=0)
+
+
+def all_to_all_by_permutes(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Sends row j of x [P, ...] to rank j, as P - 1 permutes that are all under way at once.
+
+    XLA for TPUs waits for an all-to-all, unless a flag of the whole program says otherwise, but for no permute.
+    """
+    ranks, rank = axis_size(axis_name), axis_index(axis_name)
+    distances = jnp.arange(ranks)
+    # Row d is what goes d ranks on, and then what came from d ranks back.
+    sent = jnp.take(x, (rank + distances) % ranks, axis=0)
+    arrived = [sent[0]]
+    for distance in range(1, ranks):
+        pairs = [(source, (source + distance) % ranks) for source in range(ranks)]
+        arrived.append(jax.lax.ppermute(sent[distance], axis_name, pairs))
+    return jnp.take(jnp.stack(arrived), (rank - distances) % ranks, axis=0)

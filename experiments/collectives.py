@@ -10,7 +10,6 @@ Every schedule in both directions, interleaved, so that what else the machine do
 figures; writes collectives.json and collectives.png. ZECO_JAX_NETWORK=network.json gives a calibration to any program.
 """
 
-import json
 import math
 import os
 import sys
@@ -32,6 +31,7 @@ from rich.table import Table
 import zeco_jax
 from experiments.calibration import measure_network
 from experiments.measuring import Timing, interleaved
+from experiments.results_files import write_results
 from zeco_jax.collectives import SCHEDULES
 from zeco_jax.collectives.cost import Choice, Payload, chain_blocks, choose, choose_hierarchical, cost_of
 from zeco_jax.collectives.links import (
@@ -494,10 +494,9 @@ def report(config: CollectivesConfig, console: Console) -> None:
     console.print(extrapolated_table(rows, nodes))
     console.print(pods_table())
     console.print(describe_links([network, nodes, *(pod[1] for pod in PODS)]), highlight=False, markup=False)
-    json_path, figure_path = config.output / "collectives.json", config.output / "collectives.png"
-    json_path.write_text(json.dumps(record(config, network, results, rows), indent=2) + "\n")
-    draw(results, rows, figure_path)
-    console.print(f"wrote {json_path} and {figure_path}", soft_wrap=True)
+    write_results(
+        config.output / "collectives", record(config, network, results, rows), partial(draw, results, rows), console
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,13 +7,13 @@
 Both should be linear in the length. Prints a table and writes lengths.json and lengths.png.
 """
 
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import zeco_jax
+from experiments.results_files import write_results
 
 RESULTS = Path(__file__).parent / "results"
 Decay = Literal["none", "head", "token", "channel"]
@@ -261,10 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(table(config, measurements))
-    json_path, figure_path = config.output / "lengths.json", config.output / "lengths.png"
-    json_path.write_text(json.dumps(record(config, measurements), indent=2) + "\n")
-    draw(config, measurements, figure_path)
-    console.print(f"wrote {json_path} and {figure_path}", soft_wrap=True)
+    write_results(config.output / "lengths", record(config, measurements), partial(draw, config, measurements), console)
     return 0
 
 

@@ -17,7 +17,6 @@ Prints a table, the paper's beside it, and writes operators.json and operators.p
 """
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from rich.table import Table
 
 from experiments.exposure import Exposure, measure_exposure
 from experiments.measuring import Timing, interleaved
+from experiments.results_files import write_results
 from zeco_jax import linear_attention
 from zeco_jax.attention import Summary, attend, make_backend
 from zeco_jax.parallel import ulysses_attention
@@ -411,10 +411,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console.print(table(config, measurements))
     console.print(paper_table())
-    json_path, figure_path = config.output / "operators.json", config.output / "operators.png"
-    json_path.write_text(json.dumps(record(config, measurements), indent=2) + "\n")
-    draw(config, measurements, figure_path)
-    console.print(f"wrote {json_path} and {figure_path}", soft_wrap=True)
+    write_results(
+        config.output / "operators", record(config, measurements), partial(draw, config, measurements), console
+    )
     return 0
 
 

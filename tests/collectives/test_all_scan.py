@@ -9,22 +9,11 @@ from jax.sharding import PartitionSpec
 import zeco_jax
 from tests import agreement, oracle
 from tests.arguments import wrong
+from tests.collectives.exchanges import HEADS, KEYS, VALUES, make
 from tests.meshes import RANKS, mesh, per_rank
 from zeco_jax.pods import collectives_in
 
-HEADS, KEYS, VALUES = 2, 3, 5
 ROWS = HEADS * KEYS
-
-
-def make(ranks: int, decay: str, seed: int = 0):
-    """Arrays of every rank: state, decay, cotangent; and the initial state, which all share."""
-    rng = np.random.default_rng(seed)
-    shape = (ranks, HEADS, KEYS, VALUES)
-    return {
-        "state": rng.normal(size=shape).astype(np.float32),
-        "decay": rng.uniform(size=shape[:3] if decay == "channel" else shape[:2]).astype(np.float32),
-        "initial_state": rng.normal(size=shape[1:]).astype(np.float32),
-    }, rng.normal(size=shape).astype(np.float32)
 
 
 def scan(ranks: int, *, check_vma: bool = True, **options):

@@ -12,7 +12,7 @@ from jupyter_client.manager import AsyncKernelManager
 ROOT = Path(__file__).parents[2]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST_BYTES = 400 * 1024
-MACHINE_PATH = re.compile(rf"/home/|/root/|/tmp/|/usr/|/Users/|\\Users|site-packages|{re.escape(str(ROOT))}")
+MACHINE_PATH = re.compile(rf"/(?:home|root|tmp|usr|Users)/|\\Users|site-packages|{re.escape(str(ROOT))}")
 
 each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 

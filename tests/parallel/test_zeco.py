@@ -1,5 +1,6 @@
 """linear_attention inside shard_map, over any number of ranks, against the oracle of the whole sequence."""
 
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -13,36 +14,9 @@ from tests import agreement, oracle
 from tests.attention import cases
 from tests.attention.contract import AnyPackingContract, Float64Contract, LinearAttentionContract
 from tests.meshes import mesh
+from tests.parallel.shards import REPLICATED, TOKENS, over_ranks
 
-TOKENS = PartitionSpec(None, "seq")
-REPLICATED = PartitionSpec()
-
-
-def attend_on(ranks: int, *, check_vma: bool = True, **options):
-    """linear_attention over `ranks`, as a function of whole arrays."""
-
-    def attend(q, k, v, log_decay=None, *, initial_state=None, segment_ids=None, **call_options):
-        arrays = {
-            "q": q, "k": k, "v": v, "log_decay": log_decay,
-            "initial_state": initial_state, "segment_ids": segment_ids,
-        }  # fmt: skip
-        arrays = {name: array for name, array in arrays.items() if array is not None}
-        specs = {name: TOKENS for name in arrays} | {"initial_state": REPLICATED}
-        if log_decay is not None and log_decay.ndim == 1:
-            specs["log_decay"] = REPLICATED
-
-        def local(arrays):
-            return zeco_jax.linear_attention(**arrays, axis_name="seq", **options, **call_options)
-
-        return jax.shard_map(
-            local,
-            mesh=mesh(seq=ranks),
-            in_specs=({name: specs[name] for name in arrays},),
-            out_specs=(TOKENS, REPLICATED),
-            check_vma=check_vma,
-        )(arrays)
-
-    return attend
+attend_on = partial(over_ranks, zeco_jax.linear_attention)
 
 
 class ZecoContract(LinearAttentionContract):

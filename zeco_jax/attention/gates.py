@@ -26,14 +26,14 @@ def document_starts(segment_ids: jax.Array, id_before: jax.Array) -> jax.Array:
 
 
 def normalize_gates(
-    log_decay: jax.Array | None, starts: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype
+    log_decay: jax.Array, starts: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> jax.Array:
     """Brings every kind of `log_decay` to [B or 1, T, H, K or 1], finite, with the state cut at document starts.
 
     A gate of -inf becomes `LOG_ZERO`, which decays to the same 0; its gradient is 0, as it is for the recurrence.
 
     Args:
-        log_decay: None, [H], [B, T, H] or [B, T, H, K].
+        log_decay: [H], [B, T, H] or [B, T, H, K].
         starts: None or [B, T] booleans, tokens that must not see any state from before them.
         shape: q's shape [B, T, H, K].
         dtype: the accumulation dtype.
@@ -42,9 +42,7 @@ def normalize_gates(
         Gates of one of four shapes: a leading 1 where all sequences share them, a last 1 where all key channels do.
     """
     _, tokens, heads, _ = shape
-    if log_decay is None:
-        gates = jnp.zeros((1, tokens, heads, 1), dtype)
-    elif log_decay.ndim == 1:
+    if log_decay.ndim == 1:
         gates = jnp.broadcast_to(log_decay.astype(dtype)[None, None, :, None], (1, tokens, heads, 1))
     elif log_decay.ndim == 3:
         gates = log_decay.astype(dtype)[..., None]

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_index, axis_names, axis_size
+from zeco_jax.collectives.axis import AxisName, axis_index, axis_names, axis_size, axis_tuple
 from zeco_jax.collectives.chain import chain_of_rows
 from zeco_jax.collectives.cost import (
     Choice,
@@ -154,13 +154,11 @@ def _scan_rows(own: AffineMap, initial: jax.Array, options: AllScanOptions) -> j
         if schedule == "chain":
             zero = jnp.zeros_like(own.state)
             return chain_of_rows(own, zero, axis_name, blocks=choice.blocks, reverse=reverse)
-        if schedule == "doubling":
-            return doubling_scan(own, axis_name, reverse=reverse, state_only=True).state
-        return {"gather": gather_scan, "transpose": transpose_scan}[schedule](own, axis_name, reverse=reverse)
+        scans = {"doubling": doubling_scan, "gather": gather_scan, "transpose": transpose_scan}
+        return scans[schedule](own, axis_name, reverse=reverse)
 
     if choice.schedule == "hierarchical":
-        axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-        entering = hierarchical_scan(own, axes, partial(scan, choice.slowest), reverse=reverse)
+        entering = hierarchical_scan(own, axis_tuple(axis_name), partial(scan, choice.slowest), reverse=reverse)
     else:
         entering = scan(choice.schedule, own, axis_name)
     return jnp.where(first, initial, entering)
@@ -168,8 +166,7 @@ def _scan_rows(own: AffineMap, initial: jax.Array, options: AllScanOptions) -> j
 
 def _choose(own: AffineMap, options: AllScanOptions) -> Choice:
     """Schedule and blocks, where the options leave them open."""
-    names = options.axis_name if isinstance(options.axis_name, tuple) else (options.axis_name,)
-    sizes = [axis_size(name) for name in names]
+    sizes = [axis_size(name) for name in axis_tuple(options.axis_name)]
     payload = Payload(*own.state.shape, own.state.dtype.itemsize)
     network = network_in_scope()
     if options.schedule == "serial":

@@ -23,13 +23,18 @@ def axis_size(axis_name: AxisName) -> int:
         ) from None
 
 
+def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
+    """The mesh axes that `axis_name` names, slowest first."""
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
 def axis_names(axis_name: AxisName) -> frozenset[str]:
     """The mesh axes that `axis_name` names.
 
     Raises:
         TypeError: if `axis_name` is neither a string nor a tuple of strings.
     """
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = axis_tuple(axis_name)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"axis_name must be the name of a mesh axis or a tuple of names, got {axis_name!r}")
     return frozenset(names)

@@ -30,17 +30,16 @@ def doubling_distances(ranks: int) -> list[int]:
     return distances
 
 
-def doubling_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool, state_only: bool) -> AffineMap:
-    """The map of all ranks before this one together; the identity on the first rank.
+def doubling_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.Array:
+    """The state that enters this rank when zero enters the first.
 
     Args:
         own: this rank's map.
         axis_name: mesh axis or tuple of axes.
         reverse: compose from the last rank to the first.
-        state_only: only the result's state will be used, so that the last round leaves the decays at home.
 
     Returns:
-        The composed map; its decay is meaningless with `state_only`.
+        [R, V].
     """
     ranks = axis_size(axis_name)
     position = position_along(axis_name, reverse=reverse)
@@ -50,9 +49,10 @@ def doubling_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool, state_o
         # The second round sends what is before this rank and the rank itself; only so it reaches a distance of 2.
         known = own if round_number == 0 else before.then(own) if round_number == 1 else before
         pairs = shift_pairs(ranks, distance, reverse=reverse)
-        if state_only and round_number == len(distances) - 1:
-            return AffineMap(before.decay, before(jax.lax.ppermute(known.state, axis_name, pairs)))
+        if round_number == len(distances) - 1:
+            # Nothing is composed any more: the decays stay at home.
+            return before(jax.lax.ppermute(known.state, axis_name, pairs))
         heard = AffineMap.unpack(jax.lax.ppermute(known.pack(), axis_name, pairs), own.decay.size)
         # A rank without a source has nothing further before it: the identity. The state is 0 already.
         before = AffineMap(jnp.where(position >= distance, heard.decay, 1), heard.state).then(before)
-    return before
+    return before.state

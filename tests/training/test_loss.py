@@ -1,8 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import AxisType
 
-from zeco_jax.training import LossSum, bits_per_byte, cross_entropy
+from tests.meshes import mesh
+from zeco_jax.parallel import SequenceSharding
+from zeco_jax.pods import overlaps_in
+from zeco_jax.training import LossSum, bits_per_byte, cross_entropy, cross_entropy_of_hidden
 
 
 def test_only_masked_in_targets_count():
@@ -24,3 +31,52 @@ def test_narrow_logits_are_summed_in_float32():
 
 def test_no_target_is_no_loss():
     assert LossSum(jnp.zeros(()), jnp.zeros(())).mean == 0
+
+
+def make(batch: int, tokens: int, width: int = 6, vocabulary: int = 11):
+    """Hidden states, kernel, targets and mask."""
+    seeds = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(seeds[0], (batch, tokens, width))
+    kernel = jax.random.normal(seeds[1], (width, vocabulary))
+    targets = jax.random.randint(seeds[2], (batch, tokens), 0, vocabulary)
+    return hidden, kernel, targets, jax.random.bernoulli(seeds[3], 0.8, (batch, tokens))
+
+
+def loss_and_gradients(of, hidden, kernel, targets, mask):
+    def mean(hidden, kernel):
+        return of(hidden, kernel, targets, mask).mean
+
+    return jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))(hidden, kernel)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 7, 100])
+@pytest.mark.parametrize("axis_type", [None, AxisType.Auto, AxisType.Explicit], ids=["one-device", "auto", "explicit"])
+def test_blocks_of_tokens_change_nothing(block_tokens, axis_type):
+    arrays = make(2, 24)
+    sharding = None
+    if axis_type is not None:
+        sharding = SequenceSharding(mesh(data=2, seq=4, axis_type=axis_type), batch="data")
+    of = functools.partial(cross_entropy_of_hidden, sharding=sharding, block_tokens=block_tokens)
+    blocks = loss_and_gradients(of, *arrays)
+    whole = loss_and_gradients(lambda hidden, kernel, *rest: cross_entropy(hidden @ kernel, *rest), *arrays)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), blocks, whole)
+
+
+def test_blocks_hold_few_logits_and_one_sum_over_the_ranks():
+    hidden, kernel, targets, mask = make(1, 4096, vocabulary=512)
+    sharding = SequenceSharding(mesh(seq=2))
+    of = functools.partial(cross_entropy_of_hidden, sharding=sharding, block_tokens=64)
+
+    def mean(hidden, kernel):
+        return of(hidden, kernel, targets, mask).mean
+
+    compiled = jax.jit(jax.grad(mean, argnums=(0, 1))).lower(hidden, kernel).compile()
+    # A rank's 2048 tokens have four megabytes of logits, a block one in 32 of that.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
+    sums = [record for record in overlaps_in(compiled.as_text()) if record.collective.kind == "all-reduce"]
+    assert {record.runs for record in sums} == {1}
+
+
+def test_impossible_block_is_named():
+    with pytest.raises(ValueError, match=r"block_tokens.*got 0"):
+        cross_entropy_of_hidden(*make(1, 4), block_tokens=0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import jax
+from zeco_jax.platforms import device_in_scope
 
 NETWORK_VARIABLE = "ZECO_JAX_NETWORK"
 
@@ -254,8 +254,4 @@ def network_in_scope() -> Network:
 
     Its devices need not be here: a program may be compiled for a pod.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is None:
-        return default_network(jax.default_backend(), jax.devices()[0].device_kind)
-    platform = "tpu" if device.device_kind.lower().startswith("tpu") else jax.default_backend()
-    return default_network(platform, device.device_kind)
+    return default_network(*device_in_scope())

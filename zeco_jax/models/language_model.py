@@ -117,10 +117,14 @@ class LinearAttentionLM(nnx.Module):
         x, _ = self._scan_blocks(apply, x, remat=self.config.remat)
         return self.norm(x)
 
+    @property
+    def head_kernel(self) -> jax.Array:
+        """What turns hidden states into logits, [D, vocabulary] float32."""
+        return self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The LM head: logits [..., vocabulary] float32 of `hidden` [..., D]."""
-        kernel = self.embedding.embedding[...].T if self.head is None else self.head.kernel[...]
-        return to_logits(hidden, kernel.astype(hidden.dtype))
+        return to_logits(hidden, self.head_kernel)
 
     def init_cache(self, batch_size: int) -> AttentionCache:
         """The cache of `batch_size` sequences that haven't begun: a layer's, stacked along a first axis."""

@@ -15,25 +15,29 @@ def look_up(embedding: nnx.Embed, tokens: jax.Array) -> jax.Array:
     return embedding(tokens, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None)))
 
 
-@jax.custom_vjp
 def to_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     """Logits `hidden @ kernel` in float32, however narrow the operands.
 
-    The cotangent is rounded to the operands' dtype, so that both products of the backward pass, over the whole
+    The cotangent is rounded to the dtype of `hidden`, so that both products of the backward pass, over the whole
     vocabulary, run as fast as the one of the forward pass.
 
     Args:
         hidden: [..., D] floats.
-        kernel: [D, vocabulary] in the dtype of `hidden`.
+        kernel: [D, vocabulary] floats; rounded to the dtype of `hidden`.
 
     Returns:
         [..., vocabulary] float32.
     """
+    return _to_logits(hidden, kernel.astype(hidden.dtype))
+
+
+@jax.custom_vjp
+def _to_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
 def _to_logits_forward(hidden: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return to_logits(hidden, kernel), (hidden, kernel)
+    return _to_logits(hidden, kernel), (hidden, kernel)
 
 
 def _to_logits_backward(operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -41,7 +45,7 @@ def _to_logits_backward(operands: tuple[jax.Array, jax.Array], cotangent: jax.Ar
     return pull_back(cotangent.astype(operands[0].dtype))
 
 
-to_logits.defvjp(_to_logits_forward, _to_logits_backward)
+_to_logits.defvjp(_to_logits_forward, _to_logits_backward)
 
 
 def last_token(x: jax.Array) -> jax.Array:

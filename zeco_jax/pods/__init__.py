@@ -1,6 +1,36 @@
-"""What a compiled program does on a pod: the bytes that it puts on the wire, and what it does while they travel."""
+"""What a program does on a pod that isn't here: its memory, its bytes on the wire, and what hides them."""
 
+from zeco_jax.pods.chips import Chip, chip_of
 from zeco_jax.pods.hlo import Collective, collectives_in, permuted_bytes
+from zeco_jax.pods.memory import Buffer, CompiledStep, MemoryUse, compile_step
 from zeco_jax.pods.schedule import Overlap, Work, overlaps_in
+from zeco_jax.pods.slices import KNOWN_SLICES, Slice, open_slice
+from zeco_jax.pods.timeline import Rates, Timeline, Wait, timeline
+from zeco_jax.pods.traffic import Traffic, traffic_in
+from zeco_jax.pods.wires import Torus, Wires
 
-__all__ = ["Collective", "Overlap", "Work", "collectives_in", "overlaps_in", "permuted_bytes"]
+__all__ = [
+    "KNOWN_SLICES",
+    "Buffer",
+    "Chip",
+    "Collective",
+    "CompiledStep",
+    "MemoryUse",
+    "Overlap",
+    "Rates",
+    "Slice",
+    "Timeline",
+    "Torus",
+    "Traffic",
+    "Wait",
+    "Wires",
+    "Work",
+    "chip_of",
+    "collectives_in",
+    "compile_step",
+    "open_slice",
+    "overlaps_in",
+    "permuted_bytes",
+    "timeline",
+    "traffic_in",
+]

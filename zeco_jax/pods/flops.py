@@ -9,6 +9,7 @@ from zeco_jax.pods.program import Instruction, Program
 
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+_ESTIMATE = re.compile(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 
@@ -16,16 +17,20 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 def product_flops(program: Program, instruction: Instruction, computation: str) -> int:
     """Of one instruction and all that it calls; loops count as often as they run, as far as that is known.
 
-    Kernels written by hand are not seen; products that a GPU library computes are.
+    Of kernels written by hand, what they say of themselves (`cost_estimate` of `pallas_call`) is counted; of products
+    that a GPU library computes, all.
 
     Args:
         program: where the instruction stands.
         instruction: any.
         computation: the computation that it stands in.
     """
+    if estimate := _ESTIMATE.search(instruction.line):
+        return int(estimate[1])
     if instruction.opcode in ("dot", "convolution", "custom-call"):
-        types = {other.name: other.shapes for other in program.computations[computation]}
-        operands = [types[name][0] for name in instruction.operands if types.get(name)]
+        named = program.named[computation]
+        shapes = [named[name].shapes for name in instruction.operands if name in named]
+        operands = [arrays[0] for arrays in shapes if arrays]
         if operands and instruction.shapes:
             return _own_flops(instruction, operands)
     inner = sum(

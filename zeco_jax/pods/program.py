@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
@@ -69,6 +70,25 @@ class Program:
         """The instructions of the computations that this one calls, one level down."""
         for name in instruction.called:
             yield from self.computations.get(name, ())
+
+    @cached_property
+    def named(self) -> dict[str, dict[str, Instruction]]:
+        """The instructions of each computation by name."""
+        return {
+            computation: {other.name: other for other in instructions}
+            for computation, instructions in self.computations.items()
+        }
+
+    @cached_property
+    def users(self) -> dict[str, dict[str, list[Instruction]]]:
+        """Who uses each result, by computation and name."""
+        found: dict[str, dict[str, list[Instruction]]] = {}
+        for computation, instructions in self.computations.items():
+            here = found.setdefault(computation, {})
+            for other in instructions:
+                for name in dict.fromkeys(other.operands):
+                    here.setdefault(name, []).append(other)
+        return found
 
     def runs(self, instruction: Instruction) -> int:
         """How often a loop runs its body, as far as that is known; 1 for everything else."""

@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from zeco_jax.pods.bytes import memory_bytes
 from zeco_jax.pods.flops import product_flops
 from zeco_jax.pods.hlo import Collective, collectives_in
 from zeco_jax.pods.program import CONTROL, Instruction, Program, parse_program
@@ -32,12 +34,14 @@ class Work:
         kind: its operation: "fusion", "dot", "convolution", "while", "custom-call", "copy", ...
         flops: of its matrix products, those that it calls included; loops count as often as they run.
         cycles: the compiler's own estimate (TPU); 0 where it gives none.
+        bytes: that it reads and writes in the device's memory; 0 for a loop.
     """
 
     name: str
     kind: str
     flops: int
     cycles: int
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,33 +98,79 @@ def overlaps_in(compiled_text: str) -> list[Overlap]:
         >>> [(o.collective.kind, o.collective.asynchronous, o.work) for o in overlaps_in(text)]
         [('collective-permute', False, ())]
     """
-    schedule = _Schedule(parse_program(compiled_text))
+    schedule = Schedule(parse_program(compiled_text))
     runs = schedule.program.scheduled()
     return [overlap for computation in runs for overlap in schedule.overlaps(computation, runs[computation])]
 
 
+class Event(NamedTuple):
+    """Something that a device does when its turn comes.
+
+    Attributes:
+        starts: a collective that begins here.
+        ends: the name of the collective that is waited for here; a synchronous one ends where it starts.
+        work: what is computed, loops as a whole.
+        calls: a loop, call or branch whose instructions run here.
+    """
+
+    starts: Collective | None = None
+    ends: str | None = None
+    work: Work | None = None
+    calls: Instruction | None = None
+
+
 @dataclass(frozen=True)
-class _Schedule:
+class Schedule:
+    """What each computation of a program does, one thing after the other.
+
+    Attributes:
+        program: the compiled program.
+    """
+
     program: Program
+
+    def events(self, computation: str) -> list[Event]:
+        """Of one computation, in order; what takes no time is left out.
+
+        Raises:
+            ValueError: a collective that is started and not ended in the same computation.
+        """
+        instructions = self.program.computations[computation]
+        ends: dict[int, str] = {}
+        events = []
+        threaded: set[str] = set()
+        for place, instruction in enumerate(instructions):
+            collective = self._starts(instruction, threaded)
+            if collective is not None:
+                if instruction.opcode == "fusion":
+                    threaded |= self._channels(instruction)
+                done = self._end(instructions, place) if collective.asynchronous else place
+                if done is None:
+                    raise ValueError(f"{instruction.name} is started and not ended in the computation {computation}")
+                ends[done] = collective.name
+                events.append(Event(starts=collective, ends=ends.get(place)))
+            elif place in ends:
+                events.append(Event(ends=ends[place]))
+            elif instruction.opcode in CONTROL:
+                events.append(Event(calls=instruction, work=self._work(instruction, computation)))
+            elif self._computes(instruction, threaded):
+                events.append(Event(work=self._work(instruction, computation)))
+        return events
 
     def overlaps(self, computation: str, runs: int) -> list[Overlap]:
         """The collectives of one computation."""
-        instructions = self.program.computations[computation]
-        found = []
-        threaded: set[str] = set()
-        for place, start in enumerate(instructions):
-            collective = self._starts(start, threaded)
-            if collective is None:
-                continue
-            if start.opcode == "fusion":
-                threaded |= self._channels(start)
-            done = self._end(instructions, place) if collective.asynchronous else place
-            if done is None:
-                raise ValueError(f"{start.name} is started and not ended in the computation {computation}")
-            between = instructions[place + 1 : done]
-            work = tuple(self._work(other, computation) for other in between if self._computes(other, threaded))
-            found.append(Overlap(collective, computation, runs, work))
-        return found
+        events = self.events(computation)
+        ends = {event.ends: place for place, event in enumerate(events) if event.ends}
+        return [
+            Overlap(
+                event.starts,
+                computation,
+                runs,
+                tuple(other.work for other in events[place + 1 : ends[event.starts.name]] if other.work),
+            )
+            for place, event in enumerate(events)
+            if event.starts
+        ]
 
     def _starts(self, instruction: Instruction, threaded: set[str]) -> Collective | None:
         """The collective that starts here; `threaded` are those that have gone through fusions already."""
@@ -161,8 +211,6 @@ class _Schedule:
 
     def _computes(self, instruction: Instruction, threaded: set[str]) -> bool:
         opcode = instruction.opcode
-        if opcode in CONTROL:
-            return True
         if opcode in _FREE or opcode.endswith(("-start", "-done")) or self._starts(instruction, threaded):
             return False
         if opcode == "fusion":
@@ -175,7 +223,8 @@ class _Schedule:
 
     def _work(self, instruction: Instruction, computation: str) -> Work:
         flops = product_flops(self.program, instruction, computation)
-        return Work(instruction.name, instruction.opcode, flops, self._cycles(instruction))
+        size = 0 if instruction.opcode in CONTROL else memory_bytes(self.program, instruction, computation)
+        return Work(instruction.name, instruction.opcode, flops, self._cycles(instruction), size)
 
     def _cycles(self, instruction: Instruction) -> int:
         if instruction.opcode in CONTROL:

@@ -19,7 +19,7 @@ from zeco_jax.training.data import Batch, place, training_batches, validation_ba
 from zeco_jax.training.devices import DeviceConfig, make_mesh, prepare_devices
 from zeco_jax.training.logs import MetricsFile, RunLogs, read_metrics
 from zeco_jax.training.loop import train
-from zeco_jax.training.loss import LossSum, bits_per_byte, cross_entropy
+from zeco_jax.training.loss import LossSum, bits_per_byte, cross_entropy, cross_entropy_of_hidden
 from zeco_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from zeco_jax.training.parameters import Parameters, Skeleton
 from zeco_jax.training.report import Summary, continue_text, draw_loss_curve
@@ -53,6 +53,7 @@ __all__ = [
     "compile_program",
     "continue_text",
     "cross_entropy",
+    "cross_entropy_of_hidden",
     "draw_loss_curve",
     "identity",
     "learning_rate_schedule",

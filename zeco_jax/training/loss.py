@@ -6,6 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
+
+from zeco_jax.models import to_logits
+from zeco_jax.parallel import SequenceSharding
+from zeco_jax.parallel.sharding import axis_tuple
+from zeco_jax.varying import cast_varying, varying_axes
+
+# 128 MiB of logits at a time: matrix products large enough for any device, and little beside its memory.
+BLOCK_LOGITS = 1 << 25
 
 
 class LossSum(NamedTuple):
@@ -47,6 +56,92 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> Los
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
     return LossSum(jnp.sum(losses, where=mask), jnp.sum(mask, dtype=jnp.float32))
+
+
+def cross_entropy_of_hidden(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    sharding: SequenceSharding | None = None,
+    block_tokens: int | None = None,
+) -> LossSum:
+    """`cross_entropy` of the logits `hidden @ kernel`, of which only a block of tokens exists at a time.
+
+    The logits of one token are as many as the vocabulary holds, fifteen times a hidden state of the 1b model: of 32K
+    tokens they take 4 GiB, and their gradient as much. Here each rank goes through its own tokens block by block,
+    forward and again backward, where the block's logits are computed a second time (the mini-sequences of MsT, arXiv
+    2407.15892, section 3). The kernel's gradient is summed over blocks in float32 and over ranks once.
+
+    Args:
+        hidden: [B, T, D] floats, what the LM head sees.
+        kernel: [D, vocabulary] float32.
+        targets: [B, T] integers.
+        mask: [B, T] bool, True where the target counts.
+        sharding: how [B, T, ...] lies on a mesh; None: on one device.
+        block_tokens: tokens at a time on each device; None: as many as `BLOCK_LOGITS` numbers allow.
+
+    Returns:
+        The sum and the number of tokens.
+
+    Raises:
+        ValueError: `block_tokens` below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from zeco_jax.training import cross_entropy, cross_entropy_of_hidden
+        >>> hidden, kernel, targets = jnp.ones((1, 5, 2)), jnp.eye(2, 7), jnp.arange(5)[None]
+        >>> whole = cross_entropy(hidden @ kernel, targets, targets > 0)
+        >>> blocks = cross_entropy_of_hidden(hidden, kernel, targets, targets > 0, block_tokens=2)
+        >>> float(abs(blocks.total - whole.total)) < 1e-6
+        True
+    """
+    if block_tokens is not None and block_tokens < 1:
+        raise ValueError(f"block_tokens must be at least 1, got {block_tokens}")
+    if sharding is None:
+        return _sum_of_blocks(hidden, kernel, targets, mask, block_tokens)
+    axes = axis_tuple(sharding.batch) + axis_tuple(sharding.seq)
+
+    def of_rank(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSum:
+        # Before the walk over blocks, so that the ranks' gradients are summed after it, not in every block.
+        kernel = cast_varying(kernel, varying_axes(hidden))
+        own = _sum_of_blocks(hidden, kernel, targets, mask, block_tokens)
+        return jax.tree.map(lambda x: jax.lax.psum(x, axes), own)
+
+    whole = PartitionSpec()
+    specs = (sharding.spec(3), whole, sharding.spec(2), sharding.spec(2))
+    arrays = [sharding.place(x, spec) for x, spec in zip((hidden, kernel, targets, mask), specs, strict=True)]
+    return jax.shard_map(of_rank, mesh=sharding.mesh, in_specs=specs, out_specs=LossSum(whole, whole))(*arrays)
+
+
+def _sum_of_blocks(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array, block_tokens: int | None
+) -> LossSum:
+    """The loss of this device's tokens."""
+    tokens = targets.size
+    most = block_tokens or max(1, BLOCK_LOGITS // kernel.shape[1])
+    blocks = -(-tokens // most)
+    if blocks <= 1:
+        return cross_entropy(to_logits(hidden, kernel), targets, mask)
+    length = -(-tokens // blocks)
+
+    def cut(x: jax.Array, trailing: int) -> jax.Array:
+        flat = x.reshape(tokens, *x.shape[2:])
+        # What fills the last block up has a mask of False.
+        padded = jnp.pad(flat, ((0, blocks * length - tokens),) + ((0, 0),) * trailing)
+        return padded.reshape(blocks, length, *x.shape[2:])
+
+    @jax.checkpoint
+    def of_block(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSum:
+        return cross_entropy(to_logits(hidden, kernel), targets, mask)
+
+    def step(total: LossSum, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[LossSum, None]:
+        hidden, targets, mask = block
+        return jax.tree.map(jnp.add, total, of_block(hidden, kernel, targets, mask)), None
+
+    nothing = cast_varying(jnp.zeros((), jnp.float32), varying_axes(hidden, kernel, targets, mask))
+    return jax.lax.scan(step, LossSum(nothing, nothing), (cut(hidden, 1), cut(targets, 0), cut(mask, 0)))[0]
 
 
 def bits_per_byte(nats: jax.Array | float) -> jax.Array | float:

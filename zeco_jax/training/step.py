@@ -14,7 +14,7 @@ from zeco_jax.models import ModelConfig
 from zeco_jax.parallel import SequenceSharding
 from zeco_jax.training.configuration import TrainConfig, model_config
 from zeco_jax.training.data import Batch
-from zeco_jax.training.loss import LossSum, cross_entropy
+from zeco_jax.training.loss import LossSum, cross_entropy_of_hidden
 from zeco_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from zeco_jax.training.parameters import Parameters, Skeleton
 
@@ -105,8 +105,9 @@ def compile_program(config: TrainConfig, mesh: Mesh) -> Program:
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def loss(parameters: Parameters, batch: Batch) -> LossSum:
-        logits = skeleton.assemble(parameters)(batch.inputs, segment_ids=batch.segment_ids)
-        return cross_entropy(logits, batch.targets, batch.mask)
+        model = skeleton.assemble(parameters)
+        hidden = model.hidden(batch.inputs, segment_ids=batch.segment_ids)
+        return cross_entropy_of_hidden(hidden, model.head_kernel, batch.targets, batch.mask, sharding=sharding)
 
     def create() -> TrainState:
         parameters = skeleton.initialize(config.seed)

@@ -1,0 +1,258 @@
+"""Kernel: outputs, for a decay per key channel."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper.launch import (
+    COMPUTING_REGISTERS,
+    PRODUCER_REGISTERS,
+    launch,
+    stage_of,
+)
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.walk import Walk
+
+_SLOTS = 2
+
+
+def replay_channel(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: jax.Array,
+    totals: jax.Array,
+    strong: jax.Array,
+    some_strong: jax.Array,
+    entering: jax.Array,
+    *,
+    walk: Walk,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    r"""The outputs of every token, one tile of key channels at a time.
+
+    .. math:: o_i = \text{scale} \Big(q_i \odot e^{b_i}) S + \sum_{j \le i} (q_i \odot e^{b_i - b_j}) k_j^\top v_j\Big)
+
+    with :math:`b` the gates' sums since the chunk began and S the state that enters the chunk.
+
+    Args:
+        q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
+        k: [B, T, H, K] bfloat16.
+        v: [B, T, H, V] bfloat16, V a multiple of TILE.
+        gates: [B, T, H, K] float32.
+        totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
+        strong: [B, H, chunks, K / HALF] int32, which of them are too strong for exponents of both signs.
+        some_strong: [B, H, stretches, K / TILE] int32, where a stretch has any.
+        entering: [B, H, stretches, K, V] float32, the state that enters each stretch.
+        walk: the stretches, forward.
+        scale: factor on the outputs.
+        interpret: simulate the kernel.
+
+    Returns:
+        [K / TILE, B, T, H, V] bfloat16, to be summed over its first axis.
+    """
+    batch, tokens, heads, width = q.shape
+    (out,) = launch(
+        partial(_replay, walk=walk, scale=scale),
+        (q, k, v, gates, totals, strong, some_strong, entering),
+        (jax.ShapeDtypeStruct((width // TILE, batch, tokens, heads, v.shape[-1]), jnp.bfloat16),),
+        {
+            "q_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+            "k_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+            "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+            "gates_tile": tile.fp32_tile(CHUNK, TILE),
+            "totals_tile": plgpu.SMEM((_SLOTS, TILE), jnp.float32),
+            # Scores take the place of the gates, once these are summed.
+            "work": plgpu.RefUnion(
+                tile.bf16_tile(COMPUTING, 2, CHUNK, HALF), tile.fp32_tile(COMPUTING, CHUNK, CHUNK)
+            ),
+            "factors": plgpu.SMEM((2, TILE), jnp.float32),
+            "state_tile": tile.bf16_tile(TILE, TILE),
+            "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
+            "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
+            "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+            "gates_fetched": plgpu.Barrier(),
+            "gates_used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "prepared": plgpu.Barrier(num_arrivals=COMPUTING),
+            "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
+        },
+        grid={
+            "batch": batch,
+            "head": heads,
+            "stretch": walk.stretches,
+            "key_tile": width // TILE,
+            "value_tile": v.shape[-1] // TILE,
+        },
+        interpret=interpret,
+    )
+    return out
+
+
+def _replay(
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    gates: Ref,
+    totals: Ref,
+    strong: Ref,
+    some_strong: Ref,
+    entering: Ref,
+    out: Ref,
+    *,
+    walk: Walk,
+    scale: float,
+    q_tile: Ref,
+    k_tile: Ref,
+    v_tile: Ref,
+    gates_tile: Ref,
+    totals_tile: Ref,
+    work: Ref,
+    factors: Ref,
+    state_tile: Ref,
+    out_tile: Ref,
+    fetched: Ref,
+    used: Ref,
+    gates_fetched: Ref,
+    gates_used: Ref,
+    prepared: Ref,
+    scores_read: Ref,
+    staging: Ref | None,
+) -> None:
+    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    key_tile, value_tile = lax.axis_index("key_tile"), lax.axis_index("value_tile")
+    warpgroup = lax.axis_index("warpgroup")
+    steps = walk.steps(stretch)
+    pairs, scores = work
+
+    @pl.when(warpgroup == PRODUCER)
+    def _fetch() -> None:
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        of_keys, of_values = pl.ds(key_tile * TILE, TILE), pl.ds(value_tile * TILE, TILE)
+
+        @pl.loop(0, steps)
+        def _step(step: jax.Array) -> None:
+            slot = lax.rem(step, _SLOTS)
+            chunk = walk.chunk(stretch, step)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            pl.when(step >= _SLOTS)(lambda: plgpu.barrier_wait(used.at[slot]))
+            full = fetched.at[slot]
+            plgpu.copy_gmem_to_smem(q.at[batch, tokens, head, of_keys], q_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(k.at[batch, tokens, head, of_keys], k_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(v.at[batch, tokens, head, of_values], v_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(totals.at[batch, head, chunk, of_keys], totals_tile.at[slot], full)
+            pl.when(step >= 1)(lambda: plgpu.barrier_wait(gates_used))
+            plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, of_keys], gates_tile, gates_fetched)
+
+        # A barrier may not go while somebody has still to pass it.
+        plgpu.barrier_wait(gates_used)
+
+        @pl.loop(jnp.maximum(steps - _SLOTS, 0), steps)
+        def _drain(step: jax.Array) -> None:
+            plgpu.barrier_wait(used.at[lax.rem(step, _SLOTS)])
+
+    @pl.when(warpgroup < COMPUTING)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        own = tile.half(warpgroup)
+        pair, own_scores, other_scores = pairs.at[warpgroup], scores.at[warpgroup], scores.at[1 - warpgroup]
+        own_out, stage = out_tile.at[warpgroup], stage_of(staging, warpgroup)
+        rows, columns = tile.indices()
+        own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
+        own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
+        all_keys = pl.ds(key_tile * TILE, TILE)
+
+        def step_body(step: jax.Array, state: jax.Array, *, some_strong: bool) -> jax.Array:
+            slot = lax.rem(step, _SLOTS)
+            chunk = walk.chunk(stretch, step)
+            plgpu.barrier_wait(gates_fetched)
+            gate = jnp.maximum(tile.load(gates_tile.at[:, own]), tile.WEAKEST_GATE)
+            plgpu.barrier_arrive(gates_used)
+            pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
+            tile.write_split(pair, gate)
+            plgpu.commit_smem()
+            sums = tile.summed(tile.ones_where(columns <= rows), pair, staging=stage)
+            plgpu.barrier_wait(fetched.at[slot])
+            q_own, k_own = q_tile.at[slot, :, own], k_tile.at[slot, :, own]
+            total = plgpu.load(totals_tile.at[slot, own], layout=tile.COLUMN)
+            decay = jnp.exp(total)
+
+            def factored() -> None:
+                high, low = tile.split(tile.load(q_own) * (jnp.exp(sums) * scale))
+                q_own[...] = high
+                k_own[...] = (tile.load(k_own) * jnp.exp(-sums)).astype(jnp.bfloat16)
+                factors[0, own] = tile.ones(HALF)
+                factors[1, own] = decay
+                plgpu.commit_smem()
+                terms = [(part, k_own.transpose((1, 0))) for part in (high, low)]
+                part = tile.product((CHUNK, CHUNK), *terms, staging=stage)
+                own_scores[...] = jnp.where(columns <= rows, part, 0.0)
+
+            def exact() -> None:
+                queries, keys = tile.load(q_own) * scale, tile.load(k_own)
+
+                def level_body(level: jax.Array, part: jax.Array) -> jax.Array:
+                    # No warp may still be reading what is about to be written.
+                    plgpu.commit_smem()
+                    reached = levels.reached(rows, columns, level)
+                    decays = jnp.exp(tile.summed(tile.ones_where(reached), pair, staging=stage))
+                    own_out[...] = (keys * decays).astype(jnp.bfloat16)
+                    plgpu.commit_smem()
+                    terms = ((queries * decays).astype(jnp.bfloat16), own_out.transpose((1, 0)))
+                    scored = tile.product((CHUNK, CHUNK), terms, staging=stage)
+                    return part + jnp.where(levels.parted(rows, columns, level), scored, 0.0)
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                part = lax.fori_loop(0, levels.LEVELS, level_body, tile.zeros(CHUNK, CHUNK))
+                later = tile.summed(tile.ones_where(columns > rows), pair, staging=stage)
+                plgpu.commit_smem()
+                own_scores[...] = part
+                q_own[...] = (queries * jnp.exp(sums)).astype(jnp.bfloat16)
+                k_own[...] = (keys * jnp.exp(later)).astype(jnp.bfloat16)
+                factors[0, own] = decay
+                factors[1, own] = tile.ones(HALF)
+
+            if some_strong:
+                is_strong = strong[batch, head, chunk, key_tile * COMPUTING + warpgroup] != 0
+                pl.when(is_strong)(exact)
+                pl.when(jnp.logical_not(is_strong))(factored)
+            else:
+                factored()
+            state_tile[:, own] = state.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(prepared)
+            plgpu.barrier_wait(prepared)
+            scored = tile.split(tile.load(own_scores) + tile.load(other_scores))
+            before, after = (plgpu.load(factors.at[i], layout=tile.ROW) for i in range(2))
+            plgpu.barrier_arrive(scores_read)
+            v_own = v_tile.at[slot, :, own]
+            result, added = tile.products(
+                ((CHUNK, HALF), [(q_tile.at[slot], state_tile.at[:, own]), *((part, v_own) for part in scored)]),
+                ((TILE, HALF), [(k_tile.at[slot].transpose((1, 0)), v_own)]),
+                staging=stage,
+            )
+            plgpu.barrier_arrive(used.at[slot])
+            state = (state * tile.along_rows(before, HALF) + added) * tile.along_rows(after, HALF)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            own_out[...] = result.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(own_out, out.at[key_tile, batch, tokens, head, own_values])
+            return state
+
+        def walk_through(*, some_strong: bool) -> None:
+            place = entering.at[batch, head, stretch, all_keys, own_values]
+            state = plgpu.load(place, layout=tile.WGMMA, optimized=False)
+            lax.fori_loop(0, steps, partial(step_body, some_strong=some_strong), state)
+
+        # A loop of its own for what most stretches are: it needs fewer registers than there are.
+        is_any_strong = some_strong[batch, head, stretch, key_tile] != 0
+        pl.when(is_any_strong)(partial(walk_through, some_strong=True))
+        pl.when(jnp.logical_not(is_any_strong))(partial(walk_through, some_strong=False))
+        plgpu.barrier_wait(scores_read)
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,247 @@
+"""Kernel: what stretches of tokens do to the state, and on request the state that enters each chunk."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from zeco_jax.attention.hopper import tile
+from zeco_jax.attention.hopper.launch import (
+    COMPUTING_REGISTERS,
+    PRODUCER_REGISTERS,
+    bfloat16,
+    float32,
+    launch,
+    stage_of,
+)
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.walk import Walk
+
+# Chunks in flight: one is worked on while the next is fetched.
+_SLOTS = 2
+
+
+def stretch_states(
+    keys: jax.Array, values: jax.Array, gates: jax.Array, *, walk: Walk, scale: float = 1.0, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    r"""What each stretch leaves of a state of zeros, and by how much every chunk decays a state.
+
+    .. math:: S \leftarrow e^{b_C} \odot S + \text{scale} \sum_t (e^{d_t} \odot k_t) v_t^\top
+
+    chunk by chunk, with :math:`d_t` the sum of the gates after token t in its chunk (forward: keys and values) or of
+    those up to and including its own (reverse: queries and the outputs' cotangents), :math:`b_C` of the whole chunk.
+
+    Args:
+        keys: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
+        values: [B, T, H, V] bfloat16, V a multiple of TILE.
+        gates: [B, T, H, K] float32.
+        walk: the stretches.
+        scale: factor on the states.
+        interpret: simulate the kernel.
+
+    Returns:
+        States [B, H, stretches, K, V] and the sums of the gates of every chunk [B, H, chunks, K], float32.
+    """
+    batch, _, heads, width = keys.shape
+    outputs = (
+        float32(batch, heads, walk.stretches, width, values.shape[-1]),
+        float32(batch, heads, walk.chunks, width),
+    )
+    return _launch(keys, values, gates, (), outputs, walk=walk, scale=scale, interpret=interpret)
+
+
+def chunk_states(
+    keys: jax.Array, values: jax.Array, gates: jax.Array, entering: jax.Array, *, walk: Walk, interpret: bool = False
+) -> jax.Array:
+    """The state that enters each chunk, given those that enter the stretches.
+
+    Args:
+        keys: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
+        values: [B, T, H, V] bfloat16, V a multiple of TILE.
+        gates: [B, T, H, K] float32.
+        entering: [B, H, stretches, K, V] float32.
+        walk: the stretches, forward.
+        interpret: simulate the kernel.
+
+    Returns:
+        [B, H, chunks, K, V] bfloat16.
+    """
+    batch, _, heads, width = keys.shape
+    outputs = (bfloat16(batch, heads, walk.chunks, width, values.shape[-1]),)
+    return _launch(keys, values, gates, (entering,), outputs, walk=walk, scale=1.0, interpret=interpret)[0]
+
+
+def _launch(
+    keys: jax.Array,
+    values: jax.Array,
+    gates: jax.Array,
+    entering: tuple[jax.Array, ...],
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    *,
+    walk: Walk,
+    scale: float,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    batch, _, heads, width = keys.shape
+    scratch = {
+        "keys_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+        "values_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+        "gates_tile": tile.fp32_tile(_SLOTS, CHUNK, TILE),
+        "pair": tile.bf16_tile(COMPUTING, 2, CHUNK, HALF),
+        "ones": tile.bf16_tile(CHUNK, CHUNK),
+        "fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
+        "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+    }
+    if entering:
+        scratch["state_tile"] = tile.bf16_tile(COMPUTING, HALF, TILE)
+    return launch(
+        partial(_traced if entering else _summarized, walk=walk, scale=scale),
+        (keys, values, gates, *entering),
+        outputs,
+        scratch,
+        grid={
+            "batch": batch,
+            "head": heads,
+            "stretch": walk.stretches,
+            "key_tile": width // TILE,
+            "value_tile": values.shape[-1] // TILE,
+        },
+        interpret=interpret,
+    )
+
+
+def _summarized(
+    keys: Ref, values: Ref, gates: Ref, states: Ref, totals: Ref, *, walk: Walk, scale: float, **scratch: Ref
+) -> None:
+    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    rows, columns = _rows(), _columns()
+
+    def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
+        del state
+
+        @pl.when(lax.axis_index("value_tile") == 0)
+        def _write_total() -> None:
+            totals[batch, head, chunk, rows] = total
+
+    def after(state: jax.Array) -> None:
+        states[batch, head, stretch, rows, columns] = state * scale
+
+    _walk(keys, values, gates, tile.zeros(HALF, TILE), before, after, walk=walk, **scratch)
+
+
+def _traced(
+    keys: Ref, values: Ref, gates: Ref, entering: Ref, states: Ref, *, state_tile: Ref, walk: Walk, **scratch: Ref
+) -> None:
+    del scratch["scale"]
+    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    rows, columns = _rows(), _columns()
+    own = state_tile.at[lax.axis_index("warpgroup")]
+
+    def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
+        del total
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        own[...] = state.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(own, states.at[batch, head, chunk, rows, columns])
+
+    def after(state: jax.Array) -> None:
+        del state
+        plgpu.wait_smem_to_gmem(0)
+
+    def first() -> jax.Array:
+        return plgpu.load(entering.at[batch, head, stretch, rows, columns], layout=tile.WGMMA, optimized=False)
+
+    _walk(keys, values, gates, first, before, after, walk=walk, **scratch)
+
+
+def _rows() -> pl.Slice:
+    """The warpgroup's rows of the state."""
+    return pl.ds(lax.axis_index("key_tile") * TILE + lax.axis_index("warpgroup") * HALF, HALF)
+
+
+def _columns() -> pl.Slice:
+    return pl.ds(lax.axis_index("value_tile") * TILE, TILE)
+
+
+def _walk(
+    keys: Ref,
+    values: Ref,
+    gates: Ref,
+    first,
+    before,
+    after,
+    *,
+    walk: Walk,
+    keys_tile: Ref,
+    values_tile: Ref,
+    gates_tile: Ref,
+    pair: Ref,
+    ones: Ref,
+    fetched: Ref,
+    used: Ref,
+    staging: Ref | None,
+) -> None:
+    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    warpgroup = lax.axis_index("warpgroup")
+    steps = walk.steps(stretch)
+    of_keys, of_values = (pl.ds(lax.axis_index(name) * TILE, TILE) for name in ("key_tile", "value_tile"))
+
+    @pl.when(warpgroup == PRODUCER)
+    def _fetch() -> None:
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+        @pl.loop(0, steps)
+        def _step(step: jax.Array) -> None:
+            slot = lax.rem(step, _SLOTS)
+
+            @pl.when(step >= _SLOTS)
+            def _wait() -> None:
+                plgpu.barrier_wait(used.at[slot])
+
+            tokens = pl.ds(walk.chunk(stretch, step) * CHUNK, CHUNK)
+            full = fetched.at[slot]
+            plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, of_keys], gates_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(keys.at[batch, tokens, head, of_keys], keys_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], values_tile.at[slot], full)
+
+        # A barrier may not go while somebody has still to pass it.
+        @pl.loop(jnp.maximum(steps - _SLOTS, 0), steps)
+        def _drain(step: jax.Array) -> None:
+            plgpu.barrier_wait(used.at[lax.rem(step, _SLOTS)])
+
+    @pl.when(warpgroup < COMPUTING)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        own = tile.half(warpgroup)
+        own_pair, stage = pair.at[warpgroup], stage_of(staging, warpgroup)
+        rows, columns = tile.indices()
+        weights = tile.ones_where(columns <= rows if walk.reverse else columns > rows)
+        # Both warpgroups write the same.
+        ones[...] = tile.ones_where(rows >= 0)
+
+        def step_body(step: jax.Array, state: jax.Array) -> jax.Array:
+            slot = lax.rem(step, _SLOTS)
+            plgpu.barrier_wait(fetched.at[slot])
+            tile.write_split(own_pair, jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE))
+            plgpu.commit_smem()
+            decays, total = tile.products(
+                ((CHUNK, HALF), [(weights, own_pair.at[0]), (weights, own_pair.at[1])]),
+                ((HALF, CHUNK), [(own_pair.at[i].transpose((1, 0)), ones) for i in range(2)]),
+                staging=stage,
+            )
+            # Every column is the same.
+            total = jnp.max(total, axis=1)
+            own_keys = keys_tile.at[slot, :, own]
+            own_keys[...] = (tile.load(own_keys) * jnp.exp(decays)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            before(walk.chunk(stretch, step), state, total)
+            state *= tile.along_rows(jnp.exp(total), TILE)
+            terms = (own_keys.transpose((1, 0)), values_tile.at[slot])
+            state += tile.product((HALF, TILE), terms, staging=stage)
+            plgpu.barrier_arrive(used.at[slot])
+            return state
+
+        after(lax.fori_loop(0, steps, step_body, first() if callable(first) else first))

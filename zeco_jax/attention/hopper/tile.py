@@ -1,0 +1,127 @@
+"""What the kernels share: the sizes of a tile, how it lies in memory and registers, products on the tensor cores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Tokens of a chunk: the rows of a wgmma.
+CHUNK = 64
+# A block of threads holds a state of TILE x TILE; each of its two computing warpgroups prepares HALF of the channels.
+TILE = 128
+HALF = 64
+COMPUTING = 2
+PRODUCER = COMPUTING
+
+WGMMA = plgpu.Layout.WGMMA
+ROW = WGMMA.reduce(1)
+COLUMN = WGMMA.reduce(0)
+BF16_TILES = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+FP32_TILES = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+# Gates below have a float32 exponential of 0; sums of a chunk of them keep their small parts.
+WEAKEST_GATE = -120.0
+# While no channel of a chunk decays by more than e^-60, exp(-b) of its sums b, and products with it, stay in range.
+FACTORED_LIMIT = -60.0
+
+Ref = Any
+Factors = tuple[jax.Array | Ref, Ref]
+
+
+def bf16_tile(*shape: int) -> plgpu.SMEM:
+    """Shared memory that TMA fills and wgmma reads."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=BF16_TILES)
+
+
+def fp32_tile(*shape: int) -> plgpu.SMEM:
+    """Shared memory that TMA fills and that registers read without bank conflicts."""
+    return plgpu.SMEM(shape, jnp.float32, transforms=FP32_TILES)
+
+
+def half(warpgroup: jax.Array) -> pl.Slice:
+    """The channels (or values) of a tile that a warpgroup prepares."""
+    return pl.ds(warpgroup * HALF, HALF)
+
+
+def load(ref: Ref) -> jax.Array:
+    """A matrix from shared memory, as wgmma lays out its results, in float32."""
+    return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)
+
+
+def zeros(*shape: int) -> jax.Array:
+    """A matrix of zeros, laid out as wgmma lays out its results."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
+
+
+def ones(columns: int) -> jax.Array:
+    """A one for each column."""
+    return plgpu.layout_cast(jnp.ones(columns, jnp.float32), COLUMN)
+
+
+def indices() -> tuple[jax.Array, jax.Array]:
+    """Row and column of each element of a chunk's scores."""
+    shape = (CHUNK, CHUNK)
+    return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA) for axis in (0, 1))
+
+
+def ones_where(condition: jax.Array) -> jax.Array:
+    """A matrix of 1 and 0, exact in bfloat16, as the left factor of a product."""
+    return condition.astype(jnp.float32).astype(jnp.bfloat16)
+
+
+def along_rows(vector: jax.Array, columns: int) -> jax.Array:
+    """One number per row, repeated over the columns."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])
+
+
+def along_columns(vector: jax.Array, rows: int) -> jax.Array:
+    """One number per column, repeated over the rows."""
+    return lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1])
+
+
+def products(
+    *jobs: tuple[tuple[int, int], Sequence[Factors]], staging: Ref | None
+) -> tuple[jax.Array, ...]:
+    """Sums of matrix products, all under way at once; a left factor may be in registers, a right one is in memory.
+
+    Args:
+        *jobs: shape of the result, and the factors of its terms.
+        staging: None; in interpret mode, which knows no factors in registers, memory [CHUNK, CHUNK] to put them.
+    """
+
+    def multiply(*results: Ref) -> tuple[jax.Array, ...]:
+        for result, (_, terms) in zip(results, jobs, strict=True):
+            for left, right in terms:
+                if staging is not None and isinstance(left, jax.Array):
+                    staging[...] = left
+                    plgpu.commit_smem()
+                    left = staging  # noqa: PLW2901
+                plgpu.wgmma(result, left, right)
+        return tuple(result[...] for result in results)
+
+    return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape, _ in jobs))
+
+
+def product(shape: tuple[int, int], *terms: Factors, staging: Ref | None) -> jax.Array:
+    """A sum of matrix products: `products` with one job."""
+    return products((shape, terms), staging=staging)[0]
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two bfloat16 numbers that sum to a float32 one, to 2^-17 of it: sums of gates need more than bfloat16."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def write_split(pair: Ref, x: jax.Array) -> None:
+    """Writes the two parts of `x` [CHUNK, HALF] where `summed` reads them."""
+    pair[0], pair[1] = split(x)
+
+
+def summed(weights: jax.Array, pair: Ref, *, staging: Ref | None) -> jax.Array:
+    """Sums over tokens with weights 0 and 1 of what `write_split` wrote, to nearly float32's precision."""
+    return product((CHUNK, HALF), (weights, pair.at[0]), (weights, pair.at[1]), staging=staging)

@@ -1,0 +1,35 @@
+"""Which chunks a block of threads walks through, and which way."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A sequence of chunks cut into stretches, each walked by one block of threads.
+
+    Attributes:
+        chunks: of the whole sequence.
+        stretches: that it is cut into; the last may be shorter.
+        reverse: from the last chunk to the first, as cotangents go.
+    """
+
+    chunks: int
+    stretches: int
+    reverse: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Chunks of a stretch."""
+        return -(-self.chunks // self.stretches)
+
+    def steps(self, stretch: jax.Array) -> jax.Array:
+        """Chunks of this stretch."""
+        return jnp.minimum(self.longest, self.chunks - stretch * self.longest)
+
+    def chunk(self, stretch: jax.Array, step: jax.Array) -> jax.Array:
+        """The chunk that a stretch comes to at a step."""
+        first = stretch * self.longest
+        return first + (self.steps(stretch) - 1 - step if self.reverse else step)

@@ -1,0 +1,5 @@
+"""The chunkwise backend in Pallas kernels for TPUs."""
+
+from zeco_jax.attention.tpu.backend import TpuBackend
+
+__all__ = ["TpuBackend"]

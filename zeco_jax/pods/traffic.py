@@ -1,0 +1,83 @@
+"""What a program sends in one run, collectives that serve one purpose taken together."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from zeco_jax.pods.timeline import Wait
+
+_ATTENTION = "jit(attend)"
+
+
+class Traffic(NamedTuple):
+    """The collectives of one purpose.
+
+    Attributes:
+        purpose: "states, forward", "states, backward", "states, forward again" (where rematerialisation repeats the
+            exchange), "gradients" or "other".
+        exchanges: how often they are gone through: for the states, once for each layer.
+        rounds: collectives of one exchange.
+        kinds: "collective-permute", "all-reduce", ...
+        bytes: that the busiest rank sends.
+        wire: seconds on the wire.
+        exposed: of those, seconds in which a device waits.
+        work_inside: seconds of independent work between the starts and the ends.
+        rounds_with_work: rounds of one exchange beside which anything runs.
+    """
+
+    purpose: str
+    exchanges: int
+    rounds: int
+    kinds: tuple[str, ...]
+    bytes: int
+    wire: float
+    exposed: float
+    work_inside: float
+    rounds_with_work: int
+
+
+def traffic_in(waits: Iterable[Wait]) -> list[Traffic]:
+    """Sums up the collectives of a timeline by purpose, those of the states first.
+
+    Args:
+        waits: `timeline(...).waits`.
+    """
+    groups: dict[str, list[Wait]] = {}
+    for wait in waits:
+        groups.setdefault(_purpose(wait), []).append(wait)
+    order = ("states, forward", "states, forward again", "states, backward", "gradients", "other")
+    return [_sum(purpose, groups[purpose]) for purpose in order if purpose in groups]
+
+
+def _purpose(wait: Wait) -> str:
+    source = wait.collective.source
+    if _ATTENTION in source:
+        again = "rematted_computation" in source.partition(_ATTENTION)[0]
+        return "states, forward again" if again else f"states, {'backward' if 'transpose(' in source else 'forward'}"
+    return "gradients" if "transpose(" in source else "other"
+
+
+def _sum(purpose: str, waits: list[Wait]) -> Traffic:
+    sent: Counter[int] = Counter()
+    by_all = 0
+    for wait in waits:
+        for source, _ in wait.collective.pairs:
+            sent[source] += wait.runs * wait.collective.bytes
+        by_all += 0 if wait.collective.pairs else wait.runs * wait.collective.wire_bytes
+    # A round of a schedule is like no other; what comes twice belongs to a second exchange in the same place.
+    alike = Counter((wait.computation, wait.collective.kind, wait.collective.bytes, wait.collective.pairs) for wait in waits)
+    repeated = min(alike.values()) if purpose.startswith("states") else 1
+    places = {wait.computation: wait.runs for wait in waits}
+    rounds = Counter(wait.computation for wait in waits)
+    working = Counter(wait.computation for wait in waits if wait.hidden_by > 0)
+    return Traffic(
+        purpose=purpose,
+        exchanges=repeated * sum(places.values()),
+        rounds=max(rounds.values()) // repeated,
+        kinds=tuple(dict.fromkeys(wait.collective.kind for wait in waits)),
+        bytes=by_all + max(sent.values(), default=0),
+        wire=sum(wait.wire for wait in waits),
+        exposed=sum(wait.exposed for wait in waits),
+        work_inside=sum(wait.hidden_by for wait in waits),
+        rounds_with_work=max(working.values(), default=0) // repeated,
+    )

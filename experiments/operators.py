@@ -38,7 +38,7 @@ from experiments.exposure import Exposure, measure_exposure
 from experiments.measuring import Timing, interleaved
 from experiments.results_files import write_results
 from zeco_jax import linear_attention
-from zeco_jax.attention import Summary, attend, make_backend
+from zeco_jax.attention import Call, Summary, attend, make_backend
 from zeco_jax.parallel import ulysses_attention
 
 RESULTS = Path(__file__).parent / "results"
@@ -148,8 +148,13 @@ def operator(strategy: Strategy, config: OperatorsConfig) -> Callable[..., jax.A
     """The outputs of one rank's tokens, by the names of linear_attention's arguments."""
     options = {"backend": config.backend, "chunk_size": config.chunk_size}
     if strategy == "loopback":
-        backend = make_backend(config.backend, scale=config.key_width**-0.5, chunk_size=config.chunk_size)
-        run = partial(attend, backend=backend, exchange=Loopback())
+
+        def run(**arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+            call = Call.of(*(arrays[name] for name in ("q", "k", "v")))
+            scale = config.key_width**-0.5
+            backend = make_backend(config.backend, call, scale=scale, chunk_size=config.chunk_size)
+            return attend(**arrays, backend=backend, exchange=Loopback())
+
     elif strategy == "ulysses":
         run = partial(ulysses_attention, axis_name=AXIS, **options)
     elif strategy == "none":

@@ -16,6 +16,7 @@ estimates for each instruction; both walk the compiled schedule and add the time
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +29,13 @@ from rich.console import Console
 
 from experiments.plan_search import longest
 from experiments.plan_step import STRATEGIES, PlanError, Request, plan
-from experiments.plan_tables import comparison, detail, parse_tokens, short_tokens, size
+from experiments.plan_tables import GIB, comparison, detail, parse_tokens, short_tokens, size
 
 COMPARED = ("zeco", "chain", "doubling", "gather", "transpose", "ulysses")
 # Lengths that --max-tokens tries are multiples of this on each device: whole chunks.
 TOKENS_STEP = 1024
+# What the TPU compiler says of a program that doesn't fit.
+_ASKED_FOR = re.compile(r"\(([\d.]+)G\) exceeds available HBM")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ class PlanConfig:
     memory_fraction: float = 0.8
     """Share of the memory's bandwidth."""
     compare: bool = False
-    """All strategies side by side."""
+    """Strategies side by side."""
+    strategies: tuple[Literal[tuple(STRATEGIES)], ...] = COMPARED
+    """Which of them."""
     scaling: tuple[str, ...] = ()
     """Slices with as many tokens on each device as the topology has, side by side."""
     max_tokens: bool = False
@@ -157,24 +162,36 @@ def search(planner: Planner, request: Request) -> dict[str, Any]:
     Raises:
         PlanError: a step that can't be planned for another reason than its memory, or none that fits.
     """
-    first = planner.one(request)
-    unit = first["devices"] * TOKENS_STEP
-    done = {request.tokens // unit: first}
+    unit = count_devices(request.topology) * TOKENS_STEP
+    made: dict[int, dict[str, Any]] = {}
+    asked: dict[int, int] = {}
 
-    def memory_of(units: int) -> int | None:
-        if units not in done:
-            try:
-                done[units] = planner.one(replace(request, tokens=units * unit))
-            except PlanError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error):
-                    raise
-                planner.console.print(f"{short_tokens(units * unit)} tokens: {error}", highlight=False)
-                return None
-        return done[units]["memory"]["total"]
+    def attempt(units: int) -> bool:
+        """Whether the compiler takes it; what it doesn't take is more than there is."""
+        try:
+            made[units] = planner.one(replace(request, tokens=units * unit))
+        except PlanError as error:
+            size = _ASKED_FOR.search(str(error))
+            if size is None:
+                raise
+            planner.console.print(f"{short_tokens(units * unit)} tokens: {error}", highlight=False)
+            asked[units] = int(float(size[1]) * GIB)
+        return units in made
 
-    tries = longest(memory_of, first["memory"]["limit"], max(1, request.tokens // unit))
-    best = max(tried.units for tried in tries if tried.bytes is not None and tried.bytes <= first["memory"]["limit"])
-    return done[best]
+    start = max(1, request.tokens // unit)
+    while not attempt(start):
+        if start == 1:
+            raise PlanError(f"tokens: not even {short_tokens(unit)} fit")
+        start //= 2
+    limit = made[start]["memory"]["limit"]
+
+    def memory_of(units: int) -> int:
+        if units not in made and units not in asked:
+            attempt(units)
+        return made[units]["memory"]["total"] if units in made else max(limit + 1, asked[units])
+
+    tries = longest(memory_of, limit, start)
+    return made[max(tried.units for tried in tries if tried.bytes <= limit)]
 
 
 def run(config: PlanConfig, console: Console) -> Planner:
@@ -194,7 +211,11 @@ def run(config: PlanConfig, console: Console) -> Planner:
             f"{size(best['memory']['total'])} of {size(best['memory']['limit'])}"
         )
     elif config.compare or config.scaling:
-        requests = [replace(request, strategy=name) for name in COMPARED] if config.compare else _scaled(config, request)
+        requests = (
+            [replace(request, strategy=name) for name in config.strategies]
+            if config.compare
+            else _scaled(config, request)
+        )
         made = planner.several(requests)
         if made:
             console.print(detail(made[0]))
@@ -241,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 if it cannot be done as asked.
     """
-    console = Console()
+    # Into a file or a pipe as wide as the tables need it.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         config = tyro.cli(PlanConfig, prog="python -m experiments.plan", description=__doc__, args=arguments)
         planner = run(config, console)

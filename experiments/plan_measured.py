@@ -30,13 +30,12 @@ def measure(request: Request) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from zeco_jax.pods import compile_step, open_slice
+    from zeco_jax.pods import memory_use, open_slice
 
     slice_ = open_slice(request.topology)
     program, (state, batch) = training_step(request, slice_)
-    lowered = program.train.lower(state, batch)
-    planned = compile_step(lowered).memory.total * slice_.size
-    train, create = lowered.compile(), program.create.lower().compile()
+    train, create = program.train.lower(state, batch).compile(), program.create.lower().compile()
+    planned = memory_use(train).total * slice_.size
     fill = jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), batch),
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, batch),

@@ -9,21 +9,21 @@ class Tried(NamedTuple):
 
     Attributes:
         units: length, in units.
-        bytes: memory that it takes; None if the compiler itself found that it doesn't fit.
+        bytes: memory that it takes.
     """
 
     units: int
-    bytes: int | None
+    bytes: int
 
 
-def longest(memory_of: Callable[[int], int | None], limit: int, start: int, precision: float = 0.02) -> list[Tried]:
+def longest(memory_of: Callable[[int], int], limit: int, start: int, precision: float = 0.02) -> list[Tried]:
     """Looks for the largest number of units whose memory stays within a limit.
 
     Memory grows by about as much with each unit, so that a line through two tries tells where to try next; what is
     compiled decides. Stops when a length fits and one that is longer by `precision` (at least by one unit) doesn't.
 
     Args:
-        memory_of: bytes for a number of units; None if it can't be compiled for want of memory.
+        memory_of: bytes for a number of units.
         limit: bytes.
         start: where to begin, in units.
         precision: share of the length.
@@ -43,7 +43,7 @@ def longest(memory_of: Callable[[int], int | None], limit: int, start: int, prec
     lower, upper, units = 0, 0, max(start, 1)
     while True:
         tries.append(Tried(units, memory_of(units)))
-        if tries[-1].bytes is not None and tries[-1].bytes <= limit:
+        if tries[-1].bytes <= limit:
             lower = units
         else:
             upper = units
@@ -53,16 +53,16 @@ def longest(memory_of: Callable[[int], int | None], limit: int, start: int, prec
         if upper and upper - lower <= step:
             return tries
         guess = _on_the_line(tries, limit)
-        if guess is None:
-            guess = (lower + upper) // 2 if upper else 2 * units
-        elif guess == lower:
+        if guess == lower:
             guess += step
-        units = max(guess, lower + 1) if not upper else min(max(guess, lower + 1), upper - 1)
+        if guess is None or not lower < guess < (upper or guess + 1):
+            guess = (lower + upper) // 2 if upper else 2 * lower
+        units = guess
 
 
 def _on_the_line(tries: list[Tried], limit: int) -> int | None:
     """Units at which the line through the two tries nearest to the limit meets it."""
-    known = sorted((tried for tried in tries if tried.bytes is not None), key=lambda tried: abs(tried.bytes - limit))
+    known = sorted(tries, key=lambda tried: abs(tried.bytes - limit))
     if len(known) < 2 or known[0].bytes == known[1].bytes:
         return None
     (units, size), (other_units, other_size) = known[:2]

@@ -3,7 +3,7 @@
     python -m experiments.plan_step < request.json    prints the plan as JSON
 
 A process of its own for each: virtual devices must be asked for before JAX starts, and a compiler that aborts takes its
-process with it.
+process with it. Who only asks another process does without JAX: it is imported where it is used.
 """
 
 import json
@@ -78,8 +78,17 @@ def plan(request: Request) -> dict[str, Any]:
     Raises:
         PlanError: with what the user should know.
     """
+    return in_a_process("experiments.plan_step", request)
+
+
+def in_a_process(module: str, request: Request) -> dict[str, Any]:
+    """Runs a module that reads a request and prints its answer as JSON.
+
+    Raises:
+        PlanError: it couldn't answer; with the last thing that it said.
+    """
     result = subprocess.run(
-        [sys.executable, "-m", __spec__.name if __spec__ else "experiments.plan_step"],
+        [sys.executable, "-m", module],
         input=json.dumps(asdict(request)),
         capture_output=True,
         text=True,
@@ -93,9 +102,8 @@ def plan(request: Request) -> dict[str, Any]:
     # What an aborting compiler says comes before its stack.
     reason = re.search(r"Check failed: .*", result.stderr)
     last = reason[0] if reason else (result.stderr.strip().splitlines() or ["nothing"])[-1]
-    raise PlanError(
-        f"{request.strategy} on {request.topology}: the compiler's process ended with {result.returncode}, saying: {last}"
-    )
+    what = f"{request.strategy} on {request.topology}"
+    raise PlanError(f"{what}: the compiler's process ended with {result.returncode}, saying: {last}")
 
 
 def plan_here(request: Request) -> dict[str, Any]:
@@ -115,7 +123,10 @@ def plan_here(request: Request) -> dict[str, Any]:
     slice_ = open_slice(request.topology)
     program, arguments = training_step(request, slice_)
     start = time.perf_counter()
-    options = {**(_ULYSSES_OPTIONS if request.strategy == "ulysses" and slice_.platform == "tpu" else {}), **request.options}
+    options = {
+        **(_ULYSSES_OPTIONS if request.strategy == "ulysses" and slice_.platform == "tpu" else {}),
+        **request.options,
+    }
     step = compile_step(program.train.lower(*arguments), options)
     seconds = time.perf_counter() - start
     rates = Rates(slice_.chip, request.flops_fraction, request.memory_fraction)
@@ -132,7 +143,11 @@ def plan_here(request: Request) -> dict[str, Any]:
         "layers": program.model.num_layers,
         "parameters": sum(leaf.size for leaf in arguments[0].parameters.values()),
         "memory": {**asdict(step.memory), "total": step.memory.total, "limit": slice_.chip.memory},
-        "buffers": [buffer._asdict() for buffer in step.buffers if buffer.bytes >= 0.01 * step.memory.temporaries],
+        "buffers": [
+            {**buffer._asdict(), "source": buffer.source or _likeness(buffer.type, arguments[0].parameters)}
+            for buffer in step.buffers
+            if buffer.bytes >= 0.01 * step.memory.temporaries
+        ],
         "traffic": [row._asdict() for row in traffic_in(main.waits)],
         "work": {"flops": main.flops, "bytes": main.bytes, "cycles": main.cycles},
         "times": {
@@ -159,7 +174,7 @@ def training_step(request: Request, slice_: Any) -> tuple[Any, tuple[Any, Any]]:
         slice_: the devices, see `zeco_jax.pods.open_slice`.
 
     Raises:
-        ValueError: a sequence that the ranks don't divide, an unknown model or strategy, heads that can't be shared out.
+        ValueError: a sequence that the ranks don't divide, an unknown model or strategy.
     """
     import jax
     import jax.numpy as jnp
@@ -172,8 +187,8 @@ def training_step(request: Request, slice_: Any) -> tuple[Any, tuple[Any, Any]]:
     if request.tokens % slice_.size:
         below = request.tokens // slice_.size * slice_.size
         raise ValueError(
-            f"tokens: got {request.tokens:,}, expected a multiple of the {slice_.size} devices of {slice_.name}, such as "
-            f"{below:,} or {below + slice_.size:,}"
+            f"tokens: got {request.tokens:,}, expected a multiple of the {slice_.size} devices of {slice_.name}, "
+            f"such as {below:,} or {below + slice_.size:,}"
         )
     architecture = Architecture(
         schedule=STRATEGIES[request.strategy], backend=request.backend, num_layers=request.layers
@@ -196,6 +211,15 @@ def training_step(request: Request, slice_: Any) -> tuple[Any, tuple[Any, Any]]:
     return program, (program.abstract_state(), batch)
 
 
+def _likeness(type_: str, parameters: dict[str, Any]) -> str:
+    """What an array of unknown origin must be, if it is shaped like parameters."""
+    dtype, _, dimensions = type_.rstrip("]").partition("[")
+    alike = [name for name, leaf in parameters.items() if dimensions == ",".join(map(str, leaf.shape))]
+    if not alike:
+        return ""
+    return f"{'gradient' if dtype == 'f32' else 'copy'} of {alike[0]}{', ...' if len(alike) > 1 else ''}"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -210,8 +234,9 @@ def main() -> int:
 
     # The host is a CPU, whatever else this machine has; the devices are those of the topology.
     jax.config.update("jax_platforms", "cpu")
-    if request.topology.startswith("cpu:"):
-        jax.config.update("jax_num_cpu_devices", int(request.topology.removeprefix("cpu:") or 1))
+    count = request.topology.removeprefix("cpu:")
+    if count.isdecimal() and int(count) > 0:
+        jax.config.update("jax_num_cpu_devices", int(count))
     try:
         result = plan_here(request)
     except (ValueError, ModuleNotFoundError, NotImplementedError, jax.errors.JaxRuntimeError) as error:

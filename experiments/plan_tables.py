@@ -44,17 +44,13 @@ def size(count: float) -> str:
 
     Example:
         >>> size(35 * 2**30), size(2**21), size(80)
-        ('35.0 GiB', '2.00 MiB', '80 B')
+        ('35.0 GiB', '2 MiB', '80 B')
     """
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
-            break
+            return f"{count:.0f} {unit}"
         count /= 1024
-    else:
-        unit = "GiB"
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}" if unit == "GiB" else f"{count:.3g} {unit}".replace(
-        "e+03", "000"
-    )
+    return f"{count:.1f} GiB"
 
 
 def milliseconds(seconds: float) -> str:
@@ -66,11 +62,6 @@ def milliseconds(seconds: float) -> str:
     """
     value = 1e3 * seconds
     return f"{value:,.0f} ms" if value >= 100 else f"{float(f'{value:.3g}')} ms"
-
-
-def share(part: float, whole: float) -> str:
-    """A percentage."""
-    return f"{100 * part / whole:.2g}%" if part < whole else "100%"
 
 
 def detail(plan: dict[str, Any]) -> Table:
@@ -110,7 +101,8 @@ def detail(plan: dict[str, Any]) -> Table:
     table.add_row(
         link["name"],
         f"{link['bandwidth'] / 1e9:.0f} GB/s",
-        f"{1e6 * link['permute_latency']:.1f} us a permute, {1e6 * link['hop_latency']:.1f} us a hop ({link['source']})",
+        f"{1e6 * link['permute_latency']:.1f} us a permute, {1e6 * link['hop_latency']:.1f} us a hop "
+        f"({link['source']})",
     )
     if memory["total"] > memory["limit"]:
         table.caption = f"does not fit: {size(memory['total'])} of {size(memory['limit'])}"
@@ -141,7 +133,7 @@ def _memory_rows(table: Table, plan: dict[str, Any]) -> None:
 
 def _traffic_rows(table: Table, row: dict[str, Any], plan: dict[str, Any]) -> None:
     times = "once" if row["exchanges"] == 1 else f"{row['exchanges']} x"
-    what = f"{row['rounds']} {row['kinds'][0]}" if len(row["kinds"]) == 1 else f"{row['rounds']} collectives"
+    what = f"{row['rounds']} {row['kinds'][0] if len(row['kinds']) == 1 else 'collectives'}"
     if row["purpose"].startswith("states"):
         per_layer = row["exchanges"] / plan["layers"]
         times = f"{per_layer:g} a layer"
@@ -149,15 +141,15 @@ def _traffic_rows(table: Table, row: dict[str, Any], plan: dict[str, Any]) -> No
     table.add_row(
         row["purpose"],
         size(row["bytes"]),
-        f"per rank and step, {times}: {what}, {milliseconds(row['wire'])} on the wire, {exposed}, "
-        f"{milliseconds(row['work_inside'])} of work inside",
+        f"per rank and step, {times}: {what}, {row['rounds_with_work']} with work beside them "
+        f"({milliseconds(row['work_inside'])}); {milliseconds(row['wire'])} on the wire, {exposed}",
     )
 
 
 def short_source(source: str) -> str:
     """The end of an operation's name, and whether it belongs to the backward pass."""
-    if not source:
-        return ""
+    if not source or not source.startswith("jit("):
+        return f"({source})" if source else ""
     backward = "backward: " if "transpose(" in source else ""
     again = "recomputed: " if "rematted_computation" in source else ""
     words = [word for word in source.split("/") if word not in ("while", "body", "eval_jaxpr", "checkpoint")]
@@ -167,10 +159,10 @@ def short_source(source: str) -> str:
 
 def comparison(plans: Sequence[dict[str, Any]], failures: dict[str, str]) -> Table:
     """Plans side by side, one row each; those that can't be had with the reason."""
-    table = Table(title="side by side", title_justify="left", pad_edge=False)
+    table = Table(title="side by side: per device and step", title_justify="left", pad_edge=False)
     for name in ("strategy", "topology", "tokens"):
-        table.add_column(name)
-    for name in ("memory", "states, wire/rank", "rounds fwd + bwd", "exposed", "gradients exposed", "step", "tokens/s/device"):
+        table.add_column(name, no_wrap=True)
+    for name in ("memory", "states sent", "rounds", "exposed", "gradients exposed", "step", "tokens/s"):
         table.add_column(name, justify="right")
     for plan in plans:
         states = [row for row in plan["traffic"] if row["purpose"].startswith("states")]
@@ -189,6 +181,7 @@ def comparison(plans: Sequence[dict[str, Any]], failures: dict[str, str]) -> Tab
             milliseconds(times["seconds"]),
             f"{times['tokens_per_second_per_device']:,.0f}",
         )
-    for name, reason in failures.items():
-        table.add_row(name, reason, *[""] * 8)
+    if failures:
+        table.caption = "\n".join(f"{name}: {reason}" for name, reason in failures.items())
+        table.caption_justify = "left"
     return table

@@ -3,6 +3,7 @@
     python -m experiments.train                                   the tiny model over 8 virtual CPU devices
     python -m experiments.train --data DIRECTORY --steps 1000     on your own text
     python -m experiments.train --config 340m-gpu                 340m parameters in bfloat16 on one GPU
+    python -m experiments.train --config 1b-gpu                   1b parameters on one GPU of 80 GB
 
 The same command again goes on where the last one was stopped. Several processes (one per host, say) each get the same
 command and --coordinator HOST:PORT --num-processes N --process-id I; all must see the output directory.

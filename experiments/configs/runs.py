@@ -49,7 +49,26 @@ def _gpu_340m() -> RunConfig:
     )
 
 
-_RUNS = {"tiny-cpu": _tiny_cpu, "340m-gpu": _gpu_340m}
+def _gpu_1b() -> RunConfig:
+    """The 1b model in bfloat16 on one GPU of 80 GB, of which parameters, gradients and AdamW's moments take 22."""
+    return RunConfig(
+        training=TrainConfig(
+            model="1b",
+            optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=100),
+            # One of them has 16 GB.
+            checkpoint=CheckpointConfig(every=500, keep=1),
+            evaluation=EvaluationConfig(every=500, batches=8),
+            steps=2000,
+            batch_size=1,
+            sequence_length=32768,
+            precision="bfloat16",
+            remat=True,
+            output=Path("runs/1b"),
+        ),
+    )
+
+
+_RUNS = {"tiny-cpu": _tiny_cpu, "340m-gpu": _gpu_340m, "1b-gpu": _gpu_1b}
 
 
 def run_names() -> tuple[str, ...]:

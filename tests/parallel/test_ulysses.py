@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+import zeco_jax
 from tests import agreement, oracle
 from tests.arguments import wrong
 from tests.attention import cases
@@ -93,6 +94,17 @@ def test_tuple_of_axes_counts_the_last_fastest():
     want = oracle.recurrence(**arrays.differentiable)
     agreement.assert_agrees("out", out, want.out)
     agreement.assert_agrees("final_state", final_state, want.final_state)
+
+
+def test_as_a_schedule_of_linear_attention():
+    arrays = cases.arrays(cases.Case("schedule", "channel", ("near_one", "gla") * 2, 24), 4).differentiable
+    found, want = (
+        jax.jit(over_ranks(operator, 4, **options))(**arrays)
+        for operator, options in ((zeco_jax.linear_attention, {"schedule": "ulysses"}), (ulysses_attention, {}))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    alone, _ = zeco_jax.linear_attention(**arrays, schedule="ulysses")
+    agreement.assert_agrees("out", alone, want[0])
 
 
 B, T, H, K, V = 2, 64, 8, 8, 16

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import pytest
 from flax import nnx
@@ -21,8 +23,9 @@ def test_the_curve_is_drawn_from_the_files(tmp_path):
     assert draw_loss_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_summary_comes_back_as_it_was(tmp_path):
-    summary = Summary(
+@pytest.fixture
+def summary():
+    return Summary(
         steps=3,
         parameters=10,
         devices="1 x 8",
@@ -30,13 +33,24 @@ def test_a_summary_comes_back_as_it_was(tmp_path):
         tokens=30,
         training_seconds=1.5,
         tokens_per_second=20.0,
+        model_flops_utilization=0.4123,
         training_bits_per_byte=2.0,
         validation_bits_per_byte=2.5,
         sample="def f",
     )
+
+
+def test_a_summary_comes_back_as_it_was(tmp_path, summary):
     assert Summary.read(tmp_path) is None
     summary.write(tmp_path)
     assert Summary.read(tmp_path) == summary
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0.4123, ["41.2 %"]), (None, [])])
+def test_the_table_shows_the_utilisation_where_the_peak_is_known(summary, share, shown):
+    table = dataclasses.replace(summary, model_flops_utilization=share).table()
+    figures = dict(zip(*(column.cells for column in table.columns), strict=True))
+    assert [value for name, value in figures.items() if name == "model FLOPs utilisation"] == shown
 
 
 def test_a_continuation_is_repeatable(model):

@@ -1,8 +1,9 @@
 """One device: linear attention as summaries and replays, its backends and its gradient. Knows nothing of a mesh."""
 
-from zeco_jax.attention.backend import Backend, Gradients, Summary, total_decay
+from zeco_jax.attention.backend import Backend, Call, Gradients, Summary, total_decay
 from zeco_jax.attention.checks import check_inputs
 from zeco_jax.attention.gates import LOG_ZERO, accumulation_dtype, document_starts, normalize_gates
+from zeco_jax.attention.hopper import HopperBackend
 from zeco_jax.attention.operator import Exchange, attend
 from zeco_jax.attention.reference import ReferenceBackend, recurrence
 from zeco_jax.attention.registry import BACKENDS, make_backend
@@ -12,8 +13,10 @@ __all__ = [
     "BACKENDS",
     "LOG_ZERO",
     "Backend",
+    "Call",
     "Exchange",
     "Gradients",
+    "HopperBackend",
     "ReferenceBackend",
     "Summary",
     "XlaBackend",

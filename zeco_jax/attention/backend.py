@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,25 @@ def total_decay(gates: jax.Array, state_shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jnp.exp(jnp.sum(gates, axis=1)), state_shape[:-1])
 
 
+class Call(NamedTuple):
+    """What a backend must know of a call to say whether it can serve it.
+
+    Attributes:
+        dtype: the common one of q, k and v.
+        key_width: K.
+        value_width: V.
+    """
+
+    dtype: jnp.dtype
+    key_width: int
+    value_width: int
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array) -> "Call":
+        """The call with these arrays."""
+        return cls(jnp.result_type(q, k, v), q.shape[-1], v.shape[-1])
+
+
 @dataclass(frozen=True)
 class Backend(ABC):
     r"""Chunkwise linear attention on one device, as the pure functions that an exchange between devices needs.
@@ -51,12 +70,34 @@ class Backend(ABC):
     `replay_inter` adds what depends on it. A backend for which the cut doesn't pay leaves everything to the latter.
 
     Attributes:
+        takes_infinite_gates: whether gates may be -inf; else they come clamped at `LOG_ZERO`.
         scale: factor on the outputs.
         chunk_size: tokens per chunk, or None for the backend's own choice.
     """
 
+    takes_infinite_gates: ClassVar[bool] = False
+
     scale: float = 1.0
     chunk_size: int | None = None
+
+    def check(self, call: Call) -> None:
+        """Raises NotImplementedError with the reason if this backend can't serve the call."""
+        del call
+
+    def prepare(self, k: jax.Array, v: jax.Array, gates: jax.Array) -> Any:
+        """What `summarize`, `replay` and the gradients have in common, or None.
+
+        A backend that returns something takes it back, as the keyword `prepared` of `summarize`, `replay`,
+        `replay_inter`, `replay_adjoint` and `replay_inter_adjoint`.
+        """
+        del k, v, gates
+
+    def prepare_adjoint(self, q: jax.Array, gates: jax.Array, dout: jax.Array) -> Any:
+        """What `summarize_adjoint` and `replay_adjoint` have in common, or None.
+
+        Taken back as the keyword `prepared_adjoint`.
+        """
+        del q, gates, dout
 
     @abstractmethod
     def summarize(self, k: jax.Array, v: jax.Array, gates: jax.Array) -> Summary:
@@ -97,10 +138,11 @@ class Backend(ABC):
         gates: jax.Array,
         state_in: jax.Array,
         intra: jax.Array | None,
+        **prepared: Any,
     ) -> jax.Array:
         """The outputs, given the entering state and what `replay_intra` returned."""
         del intra
-        return self.replay(q, k, v, gates, state_in)[0]
+        return self.replay(q, k, v, gates, state_in, **prepared)[0]
 
     def replay_intra_adjoint(
         self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, dout: jax.Array
@@ -118,7 +160,8 @@ class Backend(ABC):
         dout: jax.Array,
         dstate_out: jax.Array,
         intra: Gradients | None,
+        **prepared: Any,
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
         del intra
-        return self.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out)
+        return self.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out, **prepared)

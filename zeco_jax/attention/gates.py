@@ -26,7 +26,7 @@ def document_starts(segment_ids: jax.Array, id_before: jax.Array) -> jax.Array:
 
 
 def normalize_gates(
-    log_decay: jax.Array, starts: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype
+    log_decay: jax.Array, starts: jax.Array | None, shape: tuple[int, ...], dtype: jnp.dtype, *, finite: bool = True
 ) -> jax.Array:
     """Brings every kind of `log_decay` to [B or 1, T, H, K or 1], finite, with the state cut at document starts.
 
@@ -37,6 +37,7 @@ def normalize_gates(
         starts: None or [B, T] booleans, tokens that must not see any state from before them.
         shape: q's shape [B, T, H, K].
         dtype: the accumulation dtype.
+        finite: clamp the gates; a pass over them that a kernel may save.
 
     Returns:
         Gates of one of four shapes: a leading 1 where all sequences share them, a last 1 where all key channels do.
@@ -48,6 +49,7 @@ def normalize_gates(
         gates = log_decay.astype(dtype)[..., None]
     else:
         gates = log_decay.astype(dtype)
-    # Written so that NaN stays NaN.
-    gates = jnp.where(gates < LOG_ZERO, LOG_ZERO, gates)
+    if finite:
+        # Written so that NaN stays NaN.
+        gates = jnp.where(gates < LOG_ZERO, LOG_ZERO, gates)
     return gates if starts is None else jnp.where(starts[:, :, None, None], LOG_ZERO, gates)

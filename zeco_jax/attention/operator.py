@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from zeco_jax.attention.backend import Backend, Gradients, Summary, total_decay
+from zeco_jax.attention.backend import Backend, Gradients, Summary
 from zeco_jax.attention.gates import accumulation_dtype, normalize_gates
 from zeco_jax.varying import match_varying
 
@@ -45,13 +45,18 @@ class Exchange(Protocol):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass keeps: the inputs and one state."""
+    """What the backward pass keeps: the inputs, one state, the rank's decay and what the backend prepared.
+
+    `decay` is None where no exchange asks for it.
+    """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     gates: jax.Array
     state_in: jax.Array
+    decay: jax.Array | None
+    prepared: dict[str, Any]
 
 
 # Compiled as a whole also where the caller works without jit, in a notebook say.
@@ -94,7 +99,7 @@ def attend(
     # One set of varying axes for the gradient rule; what was replicated gets its cotangents summed by this cast, which
     # so comes before a decay per head is spread over the tokens.
     q, k, v, log_decay, initial_state = match_varying([q, k, v, log_decay, initial_state.astype(dtype)])
-    gates = normalize_gates(log_decay, starts, q.shape, dtype)
+    gates = normalize_gates(log_decay, starts, q.shape, dtype, finite=not backend.takes_infinite_gates)
     out, state_out = _attend(q, k, v, gates, initial_state, backend, exchange)
     return out.astype(out_dtype), state_out
 
@@ -121,48 +126,68 @@ def _forward(
     backend: Backend,
     exchange: Exchange | None,
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    prepared = _named("prepared", backend.prepare(k, v, gates))
     if exchange is None:
-        out, state_out = backend.replay(q, k, v, gates, initial_state)
-        return (checkpoint_name(out, "attention_out"), state_out), Residuals(q, k, v, gates, initial_state)
+        out, state_out = backend.replay(q, k, v, gates, initial_state, **prepared)
+        residuals = Residuals(q, k, v, gates, initial_state, None, prepared)
+        return (checkpoint_name(out, "attention_out"), state_out), residuals
     if exchange.takes_turns:
 
         def work(state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            results = backend.replay(q, k, v, gates, state)
+            results = backend.replay(q, k, v, gates, state, **prepared)
             return results, results[1]
 
         results, state_in = exchange.take_turns(work, initial_state, reverse=False)
-        return results, Residuals(q, k, v, gates, state_in)
-    summary = backend.summarize(k, v, gates)
+        return results, Residuals(q, k, v, gates, state_in, None, prepared)
+    summary = backend.summarize(k, v, gates, **prepared)
     # Named, so that rematerialisation can keep both results and then neither attends nor exchanges again.
     state_in = checkpoint_name(exchange.forward(summary, initial_state), "entering_state")
     # Independent of the exchange, so that it can run while the state travels.
-    intra = backend.replay_intra(q, k, v, gates)
-    out = checkpoint_name(backend.replay_inter(q, k, v, gates, state_in, intra), "attention_out")
-    return (out, summary.leave(state_in)), Residuals(q, k, v, gates, state_in)
+    arrived, intra = _together(state_in, backend.replay_intra(q, k, v, gates))
+    out = backend.replay_inter(q, k, v, gates, arrived, intra, **prepared)
+    residuals = Residuals(q, k, v, gates, state_in, summary.decay, prepared)
+    return (checkpoint_name(out, "attention_out"), summary.leave(state_in)), residuals
 
 
 def _backward(
     backend: Backend, exchange: Exchange | None, residuals: Residuals, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, ...]:
-    q, k, v, gates, state_in = residuals
+    q, k, v, gates, state_in, decay, prepared = residuals
     dout, dstate_out = cotangents
+    adjoint = _named("prepared_adjoint", backend.prepare_adjoint(q, gates, dout))
+    prepared = prepared | adjoint
     if exchange is None:
-        gradients, dstate_in = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out)
+        gradients, dstate_in = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out, **prepared)
         return *gradients, dstate_in
     if exchange.takes_turns:
 
         def work(dstate_later: jax.Array) -> tuple[tuple[Gradients, jax.Array], jax.Array]:
-            results = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out + dstate_later)
+            dstate = dstate_out + dstate_later
+            results = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate, **prepared)
             return results, results[1]
 
         (gradients, dstate_in), _ = exchange.take_turns(work, jnp.zeros_like(dstate_out), reverse=True)
         return *gradients, exchange.into_initial(dstate_in)
-    total = total_decay(gates, state_in.shape)
-    own = Summary(total, backend.summarize_adjoint(q, gates, dout))
-    later = exchange.reverse(Summary(total, own.leave(dstate_out)))
-    intra = backend.replay_intra_adjoint(q, k, v, gates, dout)
-    gradients, dstate_in = backend.replay_inter_adjoint(q, k, v, gates, state_in, dout, dstate_out + later, intra)
+    own = Summary(decay, backend.summarize_adjoint(q, gates, dout, **adjoint))
+    later = exchange.reverse(Summary(decay, own.leave(dstate_out)))
+    later, intra = _together(later, backend.replay_intra_adjoint(q, k, v, gates, dout))
+    gradients, dstate_in = backend.replay_inter_adjoint(
+        q, k, v, gates, state_in, dout, dstate_out + later, intra, **prepared
+    )
     return *gradients, exchange.into_initial(dstate_in)
+
+
+def _named(name: str, prepared: Any) -> dict[str, Any]:
+    """What a backend has prepared, as an argument for its other parts."""
+    return {} if prepared is None else {name: prepared}
+
+
+def _together[Work](arrived: jax.Array, work: Work) -> tuple[jax.Array, Work]:
+    """Nobody uses what arrived before the independent work is done, so that the compiler does it on the way.
+
+    Left to itself, the TPU compiler has put it after the arrival of the states, for which nothing then runs.
+    """
+    return (arrived, work) if work is None else jax.lax.optimization_barrier((arrived, work))
 
 
 _attend.defvjp(_forward, _backward)

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.attention import attend, check_inputs, document_starts, make_backend
+from zeco_jax.attention import Call, attend, check_inputs, document_starts, make_backend
 from zeco_jax.collectives import AllScanOptions, AxisName, axis_index, axis_names, axis_size, halo
 from zeco_jax.parallel.exchange import AllScanExchange
+from zeco_jax.parallel.ulysses import ulysses_attention
 from zeco_jax.varying import cast_varying
 
 
@@ -43,7 +44,8 @@ def linear_attention(
         segment_ids: [B, T] integers, packed documents: no state crosses a change of id, on whichever rank it falls. The
             first token continues the document that `initial_state` comes from.
         axis_name: inside `jax.shard_map`: the mesh axis along which T is cut, or a tuple of axes, slowest first.
-        schedule: how the states travel, "chain" or "auto"; see `all_scan`. Without `axis_name` it has no effect.
+        schedule: how the states travel, "chain" or "auto"; see `all_scan`. "ulysses" shares out the heads, no
+            states travel, see `ulysses_attention`. Without `axis_name` it has no effect.
         backend: "xla" (chunkwise), "reference" (token by token), or None for the best one that can serve.
         chunk_size: tokens per chunk, a power of two; None for the backend's choice.
 
@@ -70,9 +72,24 @@ def linear_attention(
     check_inputs(
         q, k, v, log_decay, scale=scale, initial_state=initial_state, segment_ids=segment_ids, chunk_size=chunk_size
     )
+    if schedule == "ulysses":
+        if axis_name is not None:
+            return ulysses_attention(
+                q,
+                k,
+                v,
+                log_decay,
+                axis_name=axis_name,
+                scale=scale,
+                initial_state=initial_state,
+                segment_ids=segment_ids,
+                backend=backend,
+                chunk_size=chunk_size,
+            )
+        schedule = "auto"
     starts = None if segment_ids is None else _document_starts(segment_ids, axis_name)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    local = make_backend(backend, scale=scale, chunk_size=chunk_size)
+    local = make_backend(backend, Call.of(q, k, v), scale=scale, chunk_size=chunk_size)
     options = AllScanOptions(axis_name, schedule)
     if axis_name is None or axis_size(axis_name) == 1:
         out, state_out = attend(q, k, v, log_decay, backend=local, initial_state=initial_state, starts=starts)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.attention import attend, check_inputs, document_starts, make_backend
+from zeco_jax.attention import Call, attend, check_inputs, document_starts, make_backend
 from zeco_jax.collectives import AxisName, axis_index, axis_names, axis_size
 from zeco_jax.varying import cast_varying
 
@@ -78,7 +78,7 @@ def ulysses_attention(
             "multiple: linear_attention shares out tokens instead and takes any number of heads"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    local = make_backend(backend, scale=scale, chunk_size=chunk_size)
+    local = make_backend(backend, Call.of(q, k, v), scale=scale, chunk_size=chunk_size)
     starts = None
     if segment_ids is not None:
         ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)

@@ -2,12 +2,12 @@
 
 from zeco_jax.pods.chips import Chip, chip_of
 from zeco_jax.pods.hlo import Collective, collectives_in, permuted_bytes
-from zeco_jax.pods.memory import Buffer, CompiledStep, MemoryUse, compile_step
+from zeco_jax.pods.memory import Buffer, CompiledStep, MemoryUse, compile_step, memory_use
 from zeco_jax.pods.schedule import Overlap, Work, overlaps_in
 from zeco_jax.pods.slices import KNOWN_SLICES, Slice, open_slice
 from zeco_jax.pods.timeline import Rates, Timeline, Wait, timeline
 from zeco_jax.pods.traffic import Traffic, traffic_in
-from zeco_jax.pods.wires import Torus, Wires
+from zeco_jax.pods.wires import Torus, Transit, Wires
 
 __all__ = [
     "KNOWN_SLICES",
@@ -22,12 +22,14 @@ __all__ = [
     "Timeline",
     "Torus",
     "Traffic",
+    "Transit",
     "Wait",
     "Wires",
     "Work",
     "chip_of",
     "collectives_in",
     "compile_step",
+    "memory_use",
     "open_slice",
     "overlaps_in",
     "permuted_bytes",

@@ -109,4 +109,3 @@ def _written(program: Program, root: Instruction, computation: str, size: int) -
 def _plain_bytes(type_: str) -> int:
     """Wherever they lie: the layouts inside fusions don't say."""
     return sum(array_bytes(dtype, dimensions) for dtype, dimensions, _ in _ARRAY.findall(type_))
-

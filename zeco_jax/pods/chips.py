@@ -12,7 +12,7 @@ class Chip:
 
     Attributes:
         name: what it goes by.
-        memory: bytes of its main memory.
+        memory: bytes of its main memory that a program may use.
         memory_bandwidth: bytes per second that it reads and writes there at best.
         peak_flops: bfloat16 multiplications and additions per second in matrix products at best.
         clock: cycles per second of the TPU compiler's estimates; 0 where it makes none.
@@ -27,14 +27,17 @@ class Chip:
     source: str
 
 
-def _tpu(name: str, memory: int, memory_bandwidth: float, peak_flops: float, flops_per_cycle: int, page: str) -> Chip:
+def _tpu(name: str, memory: float, memory_bandwidth: float, peak_flops: float, flops_per_cycle: int, page: str) -> Chip:
     return Chip(
         name,
-        memory * GIB,
+        int(memory * GIB),
         memory_bandwidth,
         peak_flops,
         clock=peak_flops / flops_per_cycle,
-        source=f"docs.cloud.google.com/tpu/docs/{page}; clock: peak over {flops_per_cycle:,} operations a cycle",
+        source=(
+            f"docs.cloud.google.com/tpu/docs/{page}, memory: what libtpu 0.0.52 leaves a program; clock: peak over "
+            f"{flops_per_cycle:,} operations a cycle"
+        ),
     )
 
 
@@ -42,16 +45,19 @@ def _tpu(name: str, memory: int, memory_bandwidth: float, peak_flops: float, flo
 # eight, v6e and each core of TPU7x four.
 _CHIPS = {
     "v4": _tpu("v4", 32, 1228e9, 275e12, 8 * 2 * 128**2, "v4"),
-    "v5e": _tpu("v5e", 16, 819e9, 197e12, 4 * 2 * 128**2, "v5e"),
+    "v5e": _tpu("v5e", 15.75, 819e9, 197e12, 4 * 2 * 128**2, "v5e"),
     "v5p": _tpu("v5p", 95, 2765e9, 459e12, 8 * 2 * 128**2, "v5p"),
-    "v6e": _tpu("v6e", 32, 1638e9, 918e12, 4 * 2 * 256**2, "v6e"),
-    "tpu7x": _tpu("tpu7x core", 96, 7380e9 / 2, 2307e12 / 2, 4 * 2 * 256**2, "tpu7x"),
+    "v6e": _tpu("v6e", 31.24, 1638e9, 918e12, 4 * 2 * 256**2, "v6e"),
+    "tpu7x": _tpu("tpu7x core", 94.74, 7380e9 / 2, 2307e12 / 2, 4 * 2 * 256**2, "tpu7x"),
+    "a100": Chip("a100", 80 * 10**9, 2.039e12, 312e12, 0, "NVIDIA A100 data sheet, SXM 80 GB, without sparsity"),
+    "h100 pcie": Chip("h100 pcie", 80 * 10**9, 2.0e12, 756e12, 0, "NVIDIA H100 data sheet, PCIe, without sparsity"),
+    "h100 nvl": Chip("h100 nvl", 94 * 10**9, 3.9e12, 835e12, 0, "NVIDIA H100 data sheet, NVL, without sparsity"),
     "h100": Chip("h100", 80 * 10**9, 3.35e12, 989e12, 0, "NVIDIA H100 data sheet, SXM, without sparsity"),
     "h200": Chip("h200", 141 * 10**9, 4.8e12, 989e12, 0, "NVIDIA H200 data sheet, SXM, without sparsity"),
 }
 _KINDS = (
     ("v4", "v4"), ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5", "v5p"), ("v6", "v6e"), ("7x", "tpu7x"), ("v7", "tpu7x"),
-    ("h100", "h100"), ("h200", "h200"),
+    ("a100", "a100"), ("h100 pcie", "h100 pcie"), ("h100 nvl", "h100 nvl"), ("h100", "h100"), ("h200", "h200"),
 )  # fmt: skip
 
 

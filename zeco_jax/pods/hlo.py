@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zeco_jax.pods.program import COMPUTATION
+
 _KINDS = "collective-permute|all-gather|all-reduce|all-to-all|ragged-all-to-all|reduce-scatter|collective-broadcast"
 # "%name = type operation(operands), attributes"; a type may be a tuple with layouts in braces.
 _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<kind>{_KINDS})(?P<start>-start)?\(")
-_HEADER = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
 _FUSED = re.compile(r" fusion\(.*?\bcalls=%?([\w.-]+)")
 _ARRAY = re.compile(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
@@ -88,7 +89,7 @@ def collectives_in(compiled_text: str) -> list[Collective]:
     fused = set(_FUSED.findall(compiled_text))
     computation, threaded = "", set()
     for line in compiled_text.splitlines():
-        if header := _HEADER.match(line):
+        if header := COMPUTATION.match(line):
             computation = header["name"]
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -110,7 +111,7 @@ def collectives_in(compiled_text: str) -> list[Collective]:
                 pairs=tuple((int(a), int(b)) for a, b in _PAIR.findall(pairs[1])) if pairs else (),
                 asynchronous=bool(match["start"]) or computation in fused,
                 group=_group(line),
-                source=source[1] if (source := _SOURCE.search(line)) else "",
+                source=source_of(line),
             )
         )
     return found
@@ -119,6 +120,12 @@ def collectives_in(compiled_text: str) -> list[Collective]:
 def permuted_bytes(collectives: list[Collective], device: int) -> int:
     """Bytes that `device` sends through collective-permutes."""
     return sum(c.bytes for c in collectives for source, _ in c.pairs if source == device)
+
+
+def source_of(line: str) -> str:
+    """What the program calls the operation that a line of HLO stands for; empty if it doesn't say."""
+    source = _SOURCE.search(line)
+    return source[1] if source else ""
 
 
 def _group(line: str) -> int:

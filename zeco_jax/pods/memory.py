@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from zeco_jax.pods.program import Program
+from zeco_jax.pods.hlo import source_of
 
 _ALLOCATION = re.compile(r"^allocation \d+: size (?P<size>\d+)(?:, color (?P<color>\d+))?.*\bpreallocated-temp")
 _VALUE = re.compile(
@@ -18,7 +18,6 @@ _VALUE = re.compile(
     r"\(size=(?P<size>\d+),offset=(?P<offset>\d+)\): (?P<type>.*)$"
 )
 _RANGE = re.compile(r"^    (?P<name>.*)\{(?P<index>[\d,]*)\}:(?P<start>\d+)-(?P<end>\d+)$")
-_SOURCE = re.compile(r'\bop_name="([^"]*)"')
 _LAYOUT = re.compile(r"\{[^{}]*\}")
 
 
@@ -101,17 +100,21 @@ def compile_step(lowered: jax.stages.Lowered, options: Mapping[str, object] | No
     """
     with tempfile.TemporaryDirectory() as directory:
         compiled = lowered.compile({**(options or {}), "xla_dump_to": directory})
-        stats = compiled.memory_analysis()
-        memory = MemoryUse(
-            arguments=stats.argument_size_in_bytes,
-            outputs=stats.output_size_in_bytes,
-            aliased=stats.alias_size_in_bytes,
-            temporaries=stats.temp_size_in_bytes,
-            code=stats.generated_code_size_in_bytes,
-        )
         text = compiled.as_text()
         reports = [_report(Path(directory), suffix) for suffix in ("buffer-assignment", "live-range")]
-    return CompiledStep(text, memory, peak_buffers(*reports, text))
+    return CompiledStep(text, memory_use(compiled), peak_buffers(*reports, text))
+
+
+def memory_use(compiled: jax.stages.Compiled) -> MemoryUse:
+    """What a compiled program takes of each device's memory."""
+    stats = compiled.memory_analysis()
+    return MemoryUse(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
 
 
 def peak_buffers(assignment: str, live_ranges: str, text: str = "") -> tuple[Buffer, ...]:
@@ -127,9 +130,9 @@ def peak_buffers(assignment: str, live_ranges: str, text: str = "") -> tuple[Buf
         return ()
     alive = _alive_at_peak(values)
     sources = {
-        match[1]: source[1]
+        match[1]: source
         for line in text.splitlines()
-        if (match := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)) and (source := _SOURCE.search(line))
+        if (match := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)) and (source := source_of(line))
     }
     groups: dict[str, list[_Value]] = {}
     for value in alive:

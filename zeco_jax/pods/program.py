@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
+COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{\s*$")
 _DEFINITION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = ")
 _OPCODE = re.compile(r" ?(?P<opcode>[\w-]+)\(")
 _ARRAY = re.compile(r"[a-z]+\d*\w*\[([\d,]*)\]")
@@ -117,7 +117,7 @@ def parse_program(compiled_text: str) -> Program:
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", []
     for line in compiled_text.splitlines():
-        if header := _HEADER.match(line):
+        if header := COMPUTATION.match(line):
             current = computations.setdefault(header["name"], [])
             entry = header["name"] if header["entry"] else entry
         elif instruction := _parse(line):

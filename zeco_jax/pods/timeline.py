@@ -34,8 +34,8 @@ class Rates:
         return self.launch + max(products, memory)
 
     def compiler_seconds(self, work: Work) -> float:
-        """As the TPU compiler estimates it."""
-        return work.cycles / self.chip.clock
+        """As the TPU compiler estimates it; as by `seconds` for kernels written by hand, which it doesn't estimate."""
+        return work.cycles / self.chip.clock if work.cycles else self.seconds(work)
 
 
 class Wait(NamedTuple):
@@ -86,7 +86,7 @@ class Timeline(NamedTuple):
 def timeline(compiled_text: str, seconds_of: Callable[[Work], float], wires: Wires) -> Timeline:
     """Walks a schedule: work takes its time, a collective is on its way from its start, its end waits for it.
 
-    Collectives that are under way together share the wires: one goes after the other.
+    Collectives that are under way together share the wires: one's bytes go after the other's.
 
     Args:
         compiled_text: of a compiled program, whose order is the schedule.
@@ -122,10 +122,10 @@ class _Walk:
         waits: dict[str, Wait] = {}
         for event in self.schedule.events(computation):
             if event.starts:
-                wire = self.wires.seconds(event.starts)
-                arrival = max(now, wire_free) + wire
-                wire_free = arrival
-                under_way[event.starts.name] = (arrival, wire, now, exposed, event.starts)
+                transit = self.wires.transit(event.starts)
+                wire_free = max(now, wire_free) + transit.transfer
+                arrival = wire_free + transit.latency
+                under_way[event.starts.name] = (arrival, transit.seconds, now, exposed, event.starts)
             if event.ends:
                 arrival, wire, start, exposed_before, collective = under_way.pop(event.ends)
                 waiting = max(arrival - now, 0.0)

@@ -65,7 +65,9 @@ def _sum(purpose: str, waits: list[Wait]) -> Traffic:
             sent[source] += wait.runs * wait.collective.bytes
         by_all += 0 if wait.collective.pairs else wait.runs * wait.collective.wire_bytes
     # A round of a schedule is like no other; what comes twice belongs to a second exchange in the same place.
-    alike = Counter((wait.computation, wait.collective.kind, wait.collective.bytes, wait.collective.pairs) for wait in waits)
+    alike = Counter(
+        (wait.computation, wait.collective.kind, wait.collective.bytes, wait.collective.pairs) for wait in waits
+    )
     repeated = min(alike.values()) if purpose.startswith("states") else 1
     places = {wait.computation: wait.runs for wait in waits}
     rounds = Counter(wait.computation for wait in waits)

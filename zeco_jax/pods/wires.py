@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from zeco_jax.collectives.links import Link
 from zeco_jax.pods.hlo import Collective
@@ -57,12 +58,31 @@ class Torus:
     @cached_property
     def mean_way(self) -> float:
         """Links between two chips, on average over all pairs."""
-        return sum(size / 4 if ring else (size**2 - 1) / (3 * size) for size, ring in zip(self.sizes, self.rings, strict=True))
+        return sum(
+            size / 4 if ring else (size**2 - 1) / (3 * size) for size, ring in zip(self.sizes, self.rings, strict=True)
+        )
 
     @property
     def diameter(self) -> int:
         """Links between the two chips that are furthest apart."""
         return sum(size // 2 if ring else size - 1 for size, ring in zip(self.sizes, self.rings, strict=True))
+
+
+class Transit(NamedTuple):
+    """A collective on its way.
+
+    Attributes:
+        latency: seconds that it takes however small it is; others may be on their way meanwhile.
+        transfer: seconds in which it fills the wires.
+    """
+
+    latency: float
+    transfer: float
+
+    @property
+    def seconds(self) -> float:
+        """Both."""
+        return self.latency + self.transfer
 
 
 @dataclass(frozen=True)
@@ -77,31 +97,32 @@ class Wires:
     link: Link
     torus: Torus | None = None
 
-    def seconds(self, collective: Collective) -> float:
+    def transit(self, collective: Collective) -> Transit:
         """Of one collective.
 
         A permute takes as long as its busiest link; on a torus, messages go axis by axis, the shorter way round. An
         all-gather or a reduction uses all links of a torus at once, as the TPU compiler's algorithms do.
         """
         if collective.kind == "collective-permute":
-            return self._permute_seconds(collective)
+            return self._permute(collective)
         link = self.link
         all_to_all = "all-to-all" in collective.kind
         latency = link.all_to_all_latency if all_to_all else link.gather_latency
         rate = (link.all_to_all_bandwidth if all_to_all else link.gather_bandwidth) or link.bandwidth
         phases = 2 if collective.kind == "all-reduce" else 1
         if self.torus is None:
-            return phases * latency + collective.wire_bytes / rate
+            return Transit(phases * latency, collective.wire_bytes / rate)
         latency += link.hop_latency * self.torus.diameter
         ways = self.torus.mean_way if all_to_all else 1.0
-        return phases * latency + ways * collective.wire_bytes / (rate * max(self.torus.out_links, 1.0))
+        return Transit(phases * latency, ways * collective.wire_bytes / (rate * max(self.torus.out_links, 1.0)))
 
-    def _permute_seconds(self, collective: Collective) -> float:
+    def _permute(self, collective: Collective) -> Transit:
         link = self.link
         if not collective.pairs:
-            return 0.0
+            return Transit(0.0, 0.0)
         load, length = self._busiest(collective.pairs)
-        return link.permute_latency + (length - 1) * link.hop_latency + load * collective.bytes / link.bandwidth
+        latency = link.permute_latency + (length - 1) * link.hop_latency
+        return Transit(latency, load * collective.bytes / link.bandwidth)
 
     def _busiest(self, pairs: tuple[tuple[int, int], ...]) -> tuple[int, int]:
         """Messages on the busiest link, and links of the longest way."""

@@ -24,6 +24,7 @@ from zeco_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from zeco_jax.training.parameters import Parameters, Skeleton
 from zeco_jax.training.report import Summary, continue_text, draw_loss_curve
 from zeco_jax.training.step import Metrics, Program, TrainState, compile_program, single_device_model
+from zeco_jax.training.utilization import model_flops_per_token, model_flops_utilization
 
 __all__ = [
     "Architecture",
@@ -61,6 +62,8 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "model_config",
+    "model_flops_per_token",
+    "model_flops_utilization",
     "place",
     "prepare_devices",
     "read_documents",

@@ -22,6 +22,7 @@ from zeco_jax.training.parameters import Parameters
 from zeco_jax.training.progress import ProgressDisplay
 from zeco_jax.training.report import Summary, continue_text, draw_loss_curve, write_json
 from zeco_jax.training.step import Metrics, Program, TrainState, compile_program, single_device_model
+from zeco_jax.training.utilization import model_flops_utilization
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> Summary | None:
@@ -180,6 +181,8 @@ def _finish(config: TrainConfig, program: Program, state: TrainState, clock: _Cl
     """Samples, sums up, and writes the reports."""
     steps = int(state.step)
     tokens_per_step = config.batch_size * config.sequence_length
+    tokens_per_second = clock.rate(tokens_per_step)
+    device = program.mesh.devices.flat[0]
     evaluation = config.evaluation
     continuation = continue_text(
         single_device_model(program.model, state.parameters),
@@ -194,10 +197,13 @@ def _finish(config: TrainConfig, program: Program, state: TrainState, clock: _Cl
         steps=steps,
         parameters=sum(parameter.size for parameter in state.parameters.values()),
         devices=f"{config.mesh.data} x {config.mesh.seq}",
-        platform=program.mesh.devices.flat[0].platform,
+        platform=device.platform,
         tokens=steps * tokens_per_step,
         training_seconds=clock.seconds,
-        tokens_per_second=clock.rate(tokens_per_step),
+        tokens_per_second=tokens_per_second,
+        model_flops_utilization=model_flops_utilization(
+            program.model, tokens_per_second, devices=program.mesh.size, device_kind=device.device_kind
+        ),
         training_bits_per_byte=bits_per_byte(statistics.fmean(final_losses)),
         validation_bits_per_byte=bits_per_byte(loss),
         sample=evaluation.prompt + continuation,

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from zeco_jax.models import to_logits
 from zeco_jax.parallel import SequenceSharding
-from zeco_jax.parallel.sharding import axis_tuple
 from zeco_jax.varying import cast_varying, varying_axes
 
 # 128 MiB of logits at a time: matrix products large enough for any device, and little beside its memory.
@@ -101,7 +100,7 @@ def cross_entropy_of_hidden(
         raise ValueError(f"block_tokens must be at least 1, got {block_tokens}")
     if sharding is None:
         return _sum_of_blocks(hidden, kernel, targets, mask, block_tokens)
-    axes = axis_tuple(sharding.batch) + axis_tuple(sharding.seq)
+    axes = tuple(jax.tree.leaves(tuple(sharding.spec(2))))
 
     def of_rank(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSum:
         # Before the walk over blocks, so that the ranks' gradients are summed after it, not in every block.

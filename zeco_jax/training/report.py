@@ -31,6 +31,8 @@ class Summary:
         tokens: Tokens trained on.
         training_seconds: Time in training steps, over all resumptions, without compilation.
         tokens_per_second: Tokens per second of that time.
+        model_flops_utilization: Share of the devices' peak that the model's own products took; None where no peak is
+            known.
         training_bits_per_byte: Mean over the last tenth of the steps.
         validation_bits_per_byte: After the last step.
         sample: The prompt and its sampled continuation.
@@ -46,6 +48,8 @@ class Summary:
     training_bits_per_byte: float
     validation_bits_per_byte: float
     sample: str
+    # Last and optional, so that summaries from before it can be read.
+    model_flops_utilization: float | None = None
 
     def write(self, directory: Path) -> None:
         """Writes `summary.json`.
@@ -77,6 +81,8 @@ class Summary:
         table.add_row("tokens", f"{self.tokens:,}")
         table.add_row("training time", f"{self.training_seconds:,.1f} s")
         table.add_row("throughput", f"{self.tokens_per_second:,.0f} tokens/s")
+        if self.model_flops_utilization is not None:
+            table.add_row("model FLOPs utilisation", f"{100 * self.model_flops_utilization:.1f} %")
         table.add_row("training loss", f"{self.training_bits_per_byte:.3f} bits per byte")
         table.add_row("validation loss", f"{self.validation_bits_per_byte:.3f} bits per byte")
         return table

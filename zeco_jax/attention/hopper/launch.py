@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
-from zeco_jax.varying import varying_axes
+from zeco_jax.varying import match_varying
 
 # Of the 65536 registers of a multiprocessor: 2 x 128 threads with 240, 128 with 24.
 COMPUTING_REGISTERS = 240
@@ -21,50 +22,63 @@ def launch(
     outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Mapping[str, Any],
     *,
+    name: str,
     grid: Mapping[str, int],
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel.
 
     Args:
-        body: takes the references of inputs and outputs, and by name the scratch memory and `staging` (see
-            `tile.products`).
+        body: takes the references of inputs, of a `nothing` and of outputs, and by name the scratch memory and
+            `staging` (see `tile.products`). `nothing[0]` is a zero that the compiler doesn't know, see `hidden_zero`.
         inputs: arrays in device memory.
         outputs: what the kernel writes.
         scratch: shared memory and barriers.
+        name: of the kernel.
         grid: blocks of threads by the name of their axis; neighbours along the last one run side by side.
         interpret: simulate the kernel.
 
     Returns:
         The outputs.
     """
-    axes = varying_axes(*inputs)
-    outputs = [
-        jax.ShapeDtypeStruct(output.shape, output.dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
-        if axes
-        else output
-        for output in outputs
-    ]
+    nothing, *inputs = match_varying([jnp.zeros(1, jnp.int32), *inputs])
     scratch = dict(scratch)
     if interpret:
         scratch["staging"] = tile.bf16_tile(tile.COMPUTING, tile.CHUNK, tile.CHUNK)
+
+    def named(*refs: Any, **memory: Any) -> None:
+        body(*refs, **{"staging": None, **memory})
+
+    # What a profile shows.
+    named.__name__ = name
     kernel = plgpu.kernel(
-        body if interpret else lambda *refs, **memory: body(*refs, **memory, staging=None),
+        named,
         out_type=tuple(outputs),
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         num_threads=tile.COMPUTING + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # No reduction here goes across warps, so none needs memory for it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    return tuple(kernel(*inputs))
+    # What a kernel returns varies over no mesh axis, so far.
+    return tuple(match_varying([nothing, *kernel(*inputs, nothing)])[1:])
 
 
 def stage_of(staging: Any, warpgroup: jax.Array) -> Any:
     """The staging memory of a warpgroup, where there is one."""
     return None if staging is None else staging.at[warpgroup]
+
+
+def hidden_zero(step: jax.Array) -> jax.Array:
+    """Zero in every step of a loop to `steps + nothing[0]`, which the compiler can't know.
+
+    What it is added to, masks and places in memory, is computed where it is needed; else the compiler computes all of
+    them before the loop and keeps them in registers, which are too few for it.
+    """
+    return lax.shift_right_logical(step, 24)
 
 
 def float32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -1,8 +1,8 @@
-r"""Scores of a chunk whose gates are too strong to be factored: one level of a binary tree at a time.
+"""Scores of a chunk whose gates are too strong to be factored: one level of a binary tree at a time.
 
-Tokens i > j of a chunk part at one level: j is in the left half of a block, i in its right half. At that level the decay
-between them is the product of two factors that are at most 1, from j to the end of its half and from there to i. So
-no exponent is positive, and none is a difference of two sums. The tokens themselves are a level of their own.
+Tokens i > j of a chunk part at one level: j is in the left half of a block, i in its right half. At that level the
+decay between them is the product of two factors that are at most 1, from j to the end of its half and from there to i.
+So no exponent is positive, and none is a difference of two sums. The tokens themselves are a level of their own.
 """
 
 import jax

@@ -12,6 +12,7 @@ from zeco_jax.attention.hopper import levels, tile
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
+    hidden_zero,
     launch,
     stage_of,
 )
@@ -69,9 +70,7 @@ def replay_channel(
             "gates_tile": tile.fp32_tile(CHUNK, TILE),
             "totals_tile": plgpu.SMEM((_SLOTS, TILE), jnp.float32),
             # Scores take the place of the gates, once these are summed.
-            "work": plgpu.RefUnion(
-                tile.bf16_tile(COMPUTING, 2, CHUNK, HALF), tile.fp32_tile(COMPUTING, CHUNK, CHUNK)
-            ),
+            "work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, 2, CHUNK, HALF), tile.fp32_tile(COMPUTING, CHUNK, CHUNK)),
             "factors": plgpu.SMEM((2, TILE), jnp.float32),
             "state_tile": tile.bf16_tile(TILE, TILE),
             "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
@@ -82,6 +81,7 @@ def replay_channel(
             "prepared": plgpu.Barrier(num_arrivals=COMPUTING),
             "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
+        name="replay_channel",
         grid={
             "batch": batch,
             "head": heads,
@@ -103,6 +103,7 @@ def _replay(
     strong: Ref,
     some_strong: Ref,
     entering: Ref,
+    nothing: Ref,
     out: Ref,
     *,
     walk: Walk,
@@ -159,24 +160,26 @@ def _replay(
     @pl.when(warpgroup < COMPUTING)
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
-        own = tile.half(warpgroup)
-        pair, own_scores, other_scores = pairs.at[warpgroup], scores.at[warpgroup], scores.at[1 - warpgroup]
-        own_out, stage = out_tile.at[warpgroup], stage_of(staging, warpgroup)
+        stage = stage_of(staging, warpgroup)
         rows, columns = tile.indices()
-        own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
         own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
         all_keys = pl.ds(key_tile * TILE, TILE)
 
         def step_body(step: jax.Array, state: jax.Array, *, some_strong: bool) -> jax.Array:
             slot = lax.rem(step, _SLOTS)
             chunk = walk.chunk(stretch, step)
+            zero = hidden_zero(step)
+            mine = warpgroup + zero
+            own = tile.half(mine)
+            pair, own_scores, other_scores = pairs.at[mine], scores.at[mine], scores.at[1 - mine]
+            own_out = out_tile.at[mine]
             plgpu.barrier_wait(gates_fetched)
             gate = jnp.maximum(tile.load(gates_tile.at[:, own]), tile.WEAKEST_GATE)
             plgpu.barrier_arrive(gates_used)
             pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
             tile.write_split(pair, gate)
             plgpu.commit_smem()
-            sums = tile.summed(tile.ones_where(columns <= rows), pair, staging=stage)
+            sums = tile.summed(tile.ones_where(columns - rows + zero <= 0), pair, staging=stage)
             plgpu.barrier_wait(fetched.at[slot])
             q_own, k_own = q_tile.at[slot, :, own], k_tile.at[slot, :, own]
             total = plgpu.load(totals_tile.at[slot, own], layout=tile.COLUMN)
@@ -191,19 +194,17 @@ def _replay(
                 plgpu.commit_smem()
                 terms = [(part, k_own.transpose((1, 0))) for part in (high, low)]
                 part = tile.product((CHUNK, CHUNK), *terms, staging=stage)
-                own_scores[...] = jnp.where(columns <= rows, part, 0.0)
+                own_scores[...] = jnp.where(columns - rows + zero <= 0, part, 0.0)
 
             def exact() -> None:
-                queries, keys = tile.load(q_own) * scale, tile.load(k_own)
-
                 def level_body(level: jax.Array, part: jax.Array) -> jax.Array:
                     # No warp may still be reading what is about to be written.
                     plgpu.commit_smem()
                     reached = levels.reached(rows, columns, level)
                     decays = jnp.exp(tile.summed(tile.ones_where(reached), pair, staging=stage))
-                    own_out[...] = (keys * decays).astype(jnp.bfloat16)
+                    own_out[...] = (tile.load(k_own) * decays).astype(jnp.bfloat16)
                     plgpu.commit_smem()
-                    terms = ((queries * decays).astype(jnp.bfloat16), own_out.transpose((1, 0)))
+                    terms = ((tile.load(q_own) * decays * scale).astype(jnp.bfloat16), own_out.transpose((1, 0)))
                     scored = tile.product((CHUNK, CHUNK), terms, staging=stage)
                     return part + jnp.where(levels.parted(rows, columns, level), scored, 0.0)
 
@@ -212,8 +213,8 @@ def _replay(
                 later = tile.summed(tile.ones_where(columns > rows), pair, staging=stage)
                 plgpu.commit_smem()
                 own_scores[...] = part
-                q_own[...] = (queries * jnp.exp(sums)).astype(jnp.bfloat16)
-                k_own[...] = (keys * jnp.exp(later)).astype(jnp.bfloat16)
+                q_own[...] = (tile.load(q_own) * (jnp.exp(sums) * scale)).astype(jnp.bfloat16)
+                k_own[...] = (tile.load(k_own) * jnp.exp(later)).astype(jnp.bfloat16)
                 factors[0, own] = decay
                 factors[1, own] = tile.ones(HALF)
 
@@ -247,8 +248,8 @@ def _replay(
 
         def walk_through(*, some_strong: bool) -> None:
             place = entering.at[batch, head, stretch, all_keys, own_values]
-            state = plgpu.load(place, layout=tile.WGMMA, optimized=False)
-            lax.fori_loop(0, steps, partial(step_body, some_strong=some_strong), state)
+            state = tile.load_global(place)
+            lax.fori_loop(0, steps + nothing[0], partial(step_body, some_strong=some_strong), state)
 
         # A loop of its own for what most stretches are: it needs fewer registers than there are.
         is_any_strong = some_strong[batch, head, stretch, key_tile] != 0

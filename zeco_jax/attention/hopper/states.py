@@ -1,5 +1,6 @@
 """Kernel: what stretches of tokens do to the state, and on request the state that enters each chunk."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -102,6 +103,7 @@ def _launch(
         (keys, values, gates, *entering),
         outputs,
         scratch,
+        name="chunk_states" if entering else "stretch_states",
         grid={
             "batch": batch,
             "head": heads,
@@ -114,8 +116,18 @@ def _launch(
 
 
 def _summarized(
-    keys: Ref, values: Ref, gates: Ref, states: Ref, totals: Ref, *, walk: Walk, scale: float, **scratch: Ref
+    keys: Ref,
+    values: Ref,
+    gates: Ref,
+    nothing: Ref,
+    states: Ref,
+    totals: Ref,
+    *,
+    walk: Walk,
+    scale: float,
+    **scratch: Ref,
 ) -> None:
+    del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     rows, columns = _rows(), _columns()
 
@@ -129,13 +141,22 @@ def _summarized(
     def after(state: jax.Array) -> None:
         states[batch, head, stretch, rows, columns] = state * scale
 
-    _walk(keys, values, gates, tile.zeros(HALF, TILE), before, after, walk=walk, **scratch)
+    _walk(keys, values, gates, partial(tile.zeros, HALF, TILE), before, after, walk=walk, **scratch)
 
 
 def _traced(
-    keys: Ref, values: Ref, gates: Ref, entering: Ref, states: Ref, *, state_tile: Ref, walk: Walk, **scratch: Ref
+    keys: Ref,
+    values: Ref,
+    gates: Ref,
+    entering: Ref,
+    nothing: Ref,
+    states: Ref,
+    *,
+    state_tile: Ref,
+    walk: Walk,
+    **scratch: Ref,
 ) -> None:
-    del scratch["scale"]
+    del nothing, scratch["scale"]
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     rows, columns = _rows(), _columns()
     own = state_tile.at[lax.axis_index("warpgroup")]
@@ -152,7 +173,7 @@ def _traced(
         plgpu.wait_smem_to_gmem(0)
 
     def first() -> jax.Array:
-        return plgpu.load(entering.at[batch, head, stretch, rows, columns], layout=tile.WGMMA, optimized=False)
+        return tile.load_global(entering.at[batch, head, stretch, rows, columns])
 
     _walk(keys, values, gates, first, before, after, walk=walk, **scratch)
 
@@ -170,9 +191,9 @@ def _walk(
     keys: Ref,
     values: Ref,
     gates: Ref,
-    first,
-    before,
-    after,
+    first: Callable[[], jax.Array],
+    before: Callable[[jax.Array, jax.Array, jax.Array], None],
+    after: Callable[[jax.Array], None],
     *,
     walk: Walk,
     keys_tile: Ref,
@@ -244,4 +265,4 @@ def _walk(
             plgpu.barrier_arrive(used.at[slot])
             return state
 
-        after(lax.fori_loop(0, steps, step_body, first() if callable(first) else first))
+        after(lax.fori_loop(0, steps, step_body, first()))

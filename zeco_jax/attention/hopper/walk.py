@@ -33,3 +33,9 @@ class Walk:
         """The chunk that a stretch comes to at a step."""
         first = stretch * self.longest
         return first + (self.steps(stretch) - 1 - step if self.reverse else step)
+
+    def by_stretch(self, x: jax.Array) -> jax.Array:
+        """[B, H, chunks, *] as [B, H, stretches, longest, *], with zeros where the last one is shorter."""
+        missing = self.stretches * self.longest - self.chunks
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, missing), *((0, 0) for _ in x.shape[3:])))
+        return x.reshape(*x.shape[:2], self.stretches, self.longest, *x.shape[3:])

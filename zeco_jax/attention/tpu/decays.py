@@ -36,8 +36,7 @@ def visit_heads(gates, tiling: Tiling, scale: float, visit: Callable[[int, Decay
     if not PivotDecay.suits(tiling.dtype, tiling.tokens):
         visit_all(_channel_decays(TreeDecay, gates, tiling, scale))
         return
-    pivots = _channel_decays(PivotDecay, gates, tiling, scale)
-    is_mild = jnp.all(jnp.stack([decay.is_mild for decay in pivots]))
+    is_mild = PivotDecay.are_mild(_channel_decays(PivotDecay, gates, tiling, scale))
     pl.when(is_mild)(lambda: visit_all(_channel_decays(PivotDecay, gates, tiling, scale)))
     pl.when(jnp.logical_not(is_mild))(lambda: visit_all(_channel_decays(TreeDecay, gates, tiling, scale)))
 

@@ -1,46 +1,55 @@
-"""What the kernels must know of the chip: how much VMEM a core has."""
+"""What the kernels must know of the chip."""
 
-import jax
+from typing import NamedTuple
 
 _MIB = 2**20
+# The rest is for XLA, and for what the estimate of a kernel's needs leaves out.
+_SHARE = 0.75
 
-# Per TensorCore, by `device_kind`, as in `pltpu.get_tpu_info_for_chip`.
-VMEM_BYTES = {
-    "TPU v4": 16 * _MIB,
-    "TPU v5 lite": 128 * _MIB,
-    "TPU v5e": 128 * _MIB,
-    "TPU v5": 64 * _MIB,
-    "TPU v5p": 64 * _MIB,
-    "TPU v6 lite": 128 * _MIB,
-    "TPU v6e": 128 * _MIB,
-    "TPU7x": 64 * _MIB,
+
+class Generation(NamedTuple):
+    """One generation of TPUs, as in `pltpu.get_tpu_info_for_chip`.
+
+    Attributes:
+        vmem_bytes: VMEM of a core.
+        matrix_unit: rows and columns of a matrix unit.
+    """
+
+    vmem_bytes: int
+    matrix_unit: int
+
+    @property
+    def budget(self) -> int:
+        """Bytes of VMEM that a kernel may take."""
+        return int(_SHARE * self.vmem_bytes)
+
+
+_V5E, _V5P, _V6E = Generation(128 * _MIB, 128), Generation(64 * _MIB, 128), Generation(128 * _MIB, 256)
+
+GENERATIONS = {
+    "TPU v4": Generation(16 * _MIB, 128),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": Generation(64 * _MIB, 256),
 }
-# The rest is XLA's.
-_SHARE = 0.9
+"""By `device_kind`."""
+
+# What every generation has, for simulations.
+SMALLEST = Generation(16 * _MIB, 128)
 
 
-def vmem_budget(device_kind: str | None) -> int:
-    """Bytes of VMEM that a kernel may take; for None what every generation has.
+def generation_of(device_kind: str) -> Generation:
+    """The generation that JAX calls `device_kind`.
 
     Raises:
         NotImplementedError: for a device that isn't in the table.
     """
-    if device_kind is None:
-        return int(_SHARE * min(VMEM_BYTES.values()))
-    if device_kind not in VMEM_BYTES:
+    if device_kind not in GENERATIONS:
         raise NotImplementedError(
-            f'backend "tpu" doesn\'t know how much VMEM {device_kind!r} has; it knows {", ".join(VMEM_BYTES)}'
+            f"the kernels don't know how much VMEM {device_kind!r} has, only {', '.join(GENERATIONS)}"
         )
-    return int(_SHARE * VMEM_BYTES[device_kind])
-
-
-def device_in_scope() -> tuple[str, str | None]:
-    """Platform and kind of the devices of the mesh in scope, or else of this process's.
-
-    They differ when a program is compiled for a pod that isn't there.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform, device.device_kind
-    platform = jax.default_backend()
-    return platform, jax.devices()[0].device_kind
+    return GENERATIONS[device_kind]

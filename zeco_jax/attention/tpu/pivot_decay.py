@@ -1,5 +1,6 @@
 """Decays of one gate per token and key channel, of a chunk whose decays are mild: taken from the chunk's middle."""
 
+import functools
 from functools import cached_property
 
 import jax
@@ -9,9 +10,9 @@ from zeco_jax.attention.tpu.channel_decay import ChannelDecay
 from zeco_jax.attention.tpu.products import product
 from zeco_jax.attention.tpu.running_sums import sums_from, sums_to
 
-# A chunk is mild where all of its decays are above 2^-32: then a sum of gates is right to 2e-6, and no factor leaves
-# 2^-16 to 2^16 by more than a token's decay.
-_MILDEST_SUM = -32.0
+# A chunk is mild where its decays are above 2^-64: then sums of gates are right to 4e-6, no factor leaves 2^-32 to
+# 2^32, and no score that isn't wanted overflows.
+_STRONGEST_SUM = -64.0
 # Shorter chunks may consist of one strong gate alone, beside which the rounding of differences counts.
 _FEWEST_TOKENS = 16
 
@@ -32,10 +33,10 @@ class PivotDecay(ChannelDecay):
         """Whether it may be used at all: it is accurate enough beside operands of bfloat16."""
         return jnp.dtype(operand_dtype) == jnp.bfloat16 and tokens >= _FEWEST_TOKENS
 
-    @property
-    def is_mild(self) -> jax.Array:
-        """Whether it may be used for this chunk; NaN gates are not mild."""
-        return jnp.min(self._sum) > _MILDEST_SUM
+    @staticmethod
+    def are_mild(decays: list["PivotDecay"]) -> jax.Array:
+        """Whether it may be used for these chunks; those with a gate of NaN are not mild."""
+        return jnp.min(functools.reduce(jnp.minimum, [decay._sum for decay in decays])) > _STRONGEST_SUM
 
     def added_state(self, k: jax.Array, v: jax.Array) -> jax.Array:
         """See `ChannelDecay.added_state`."""

@@ -1,4 +1,4 @@
-"""Kernel: the gradients of the replay, from the state that enters each chunk and the cotangent of the one that leaves."""
+"""Kernel: the gradients of the replay, from each chunk's entering state and the cotangent of its leaving one."""
 
 from jax.experimental import pallas as pl
 

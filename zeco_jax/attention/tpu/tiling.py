@@ -8,14 +8,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from zeco_jax.attention.tpu.generations import Generation
+
 LANES = 128
 # Tokens of a packed tile of bfloat16: fewer would leave parts of every register empty.
 SMALLEST_CHUNK = 16
 # More tokens cost scores without saving anything, and their gates' sums would not be exact.
 LARGEST_CHUNK = 256
-DEFAULT_CHUNK = 128
-# As many independent heads as the scheduler needs to keep the matrix units busy.
-MOST_HEADS = 4
+DEFAULT_VMEM_LIMIT = 16 * 2**20
+# Independent heads are what the scheduler fills waiting times with; see NOTES.md.
+MOST_HEADS = 8
 
 
 class Blocks(NamedTuple):
@@ -53,7 +55,6 @@ class Tiling:
         heads_per_step: heads per step.
         channel: whether every key channel has a gate.
         dtype: of q, k and v, bfloat16 or float32.
-        vmem_limit: bytes of VMEM that a kernel may take, its temporaries included.
     """
 
     batch: int
@@ -65,7 +66,6 @@ class Tiling:
     heads_per_step: int
     channel: bool
     dtype: jnp.dtype
-    vmem_limit: int
 
     @property
     def chunks(self) -> int:
@@ -89,16 +89,26 @@ class Tiling:
 
     @property
     def vmem_bytes(self) -> int:
-        """What the most demanding kernel, the adjoint of the replay, takes: blocks, two of each, and temporaries."""
+        """What the most demanding kernel, the adjoint of the replay, takes: blocks, two of each, and temporaries.
+
+        An upper bound, from what the compiler was content with.
+        """
         keys, values, state = self.keys().elements, self.values().elements, self.state().elements
         size = self.dtype.itemsize
         blocks = size * (4 * keys + 3 * values + state) + 4 * 2 * state
         numbers = 3 * 4 * max(8, self.heads_per_step) * max(LANES, self.chunk)
         gates = 2 * 4 * keys if self.channel else numbers
         levels = self.chunk.bit_length() - 1 if self.channel else 0
-        scores = self.heads_per_step * self.chunk * max(LANES, self.chunk)
-        temporaries = 4 * ((6 + 2 * levels) * keys + 2 * values + 6 * scores + 2 * state)
+        one_head = (6 + 2 * levels) * self.key_lanes + 2 * self.value_lanes + 6 * max(LANES, self.chunk)
+        # Products in float32 are made of parts of their operands.
+        parts = 2 if self.dtype.itemsize == 4 else 1
+        temporaries = 4 * (parts * self.chunk * one_head + (2 + levels // 2) * keys)
         return 2 * (blocks + gates) + temporaries
+
+    @property
+    def vmem_limit(self) -> int:
+        """What the compiler may use: somewhat more than it should need, and never less than it may use anyway."""
+        return max(DEFAULT_VMEM_LIMIT, self.vmem_bytes * 5 // 4)
 
     def key_slice(self, head: int) -> slice:
         """Where a step's head lies in a block of keys."""
@@ -179,7 +189,8 @@ def choose_tiling(
     channel: bool,
     dtype: jnp.dtype,
     chunk_size: int | None,
-    vmem_bytes: int,
+    heads_per_step: int | None,
+    generation: Generation,
 ) -> Tiling:
     """Cuts a call so that the blocks of a step fit VMEM.
 
@@ -188,21 +199,23 @@ def choose_tiling(
         value_width: V.
         channel: whether every key channel has a gate.
         dtype: of q, k and v.
-        chunk_size: tokens per chunk as asked for; kept between 16 and 256, and no larger than T needs.
-        vmem_bytes: what the chip has.
+        chunk_size: tokens per chunk as asked for, or None for as many as the matrix unit has rows; kept between 16 and
+            256, and no larger than T needs.
+        heads_per_step: heads that a step computes, at most; None for as many as pay.
+        generation: of the chip.
 
     Raises:
         NotImplementedError: where one head doesn't fit.
     """
     batch, tokens, heads, key_width = shape
-    chunk = min(chunk_size or DEFAULT_CHUNK, 1 << (tokens - 1).bit_length())
+    chunk = min(chunk_size or generation.matrix_unit, 1 << (tokens - 1).bit_length())
     chunk = min(max(chunk, SMALLEST_CHUNK), LARGEST_CHUNK)
     sizes = (batch, tokens, heads, key_width, value_width, chunk)
-    for group in range(min(MOST_HEADS, heads), 0, -1):
-        tiling = Tiling(*sizes, group, channel, jnp.dtype(dtype), vmem_bytes)
-        if heads % group == 0 and tiling.vmem_bytes <= vmem_bytes:
+    for group in range(min(heads_per_step or MOST_HEADS, heads), 0, -1):
+        tiling = Tiling(*sizes, group, channel, jnp.dtype(dtype))
+        if heads % group == 0 and tiling.vmem_bytes <= generation.budget:
             return tiling
     raise NotImplementedError(
         f"a head of K = {key_width}, V = {value_width} with chunks of {chunk} tokens takes "
-        f"{tiling.vmem_bytes / 2**20:.1f} MiB of VMEM, and the chip has {vmem_bytes / 2**20:.0f}"
+        f"{tiling.vmem_bytes / 2**20:.1f} MiB of VMEM, and it may take {generation.budget / 2**20:.1f}"
     )

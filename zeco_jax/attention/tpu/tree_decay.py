@@ -31,8 +31,9 @@ class Pairs(NamedTuple):
         return self.size >= SUBLANES
 
     def is_right(self, width: int) -> jax.Array:
-        """[C, width]: whether the row lies in a right block."""
-        return (jax.lax.broadcasted_iota(jnp.int32, (self.chunk, width), 0) & self.size) != 0
+        """[C, width]: whether the row lies in a right block; for small blocks, which make every tile alike."""
+        tile = jax.lax.broadcasted_iota(jnp.int32, (1, SUBLANES, width), 1) & self.size
+        return jnp.broadcast_to(tile, (self.chunk // SUBLANES, SUBLANES, width)).reshape(self.chunk, width) != 0
 
     def take(self, x: jax.Array, side: int) -> jax.Array:
         """The rows on one side (0 left, 1 right), [C / 2, width]; all of them where blocks are small."""
@@ -80,8 +81,8 @@ class TreeDecay(ChannelDecay):
     """
 
     @cached_property
-    def _levels(self) -> tuple[Level, ...]:
-        """All levels, the smallest blocks first."""
+    def _tree(self) -> tuple[tuple[Level, ...], jax.Array, jax.Array]:
+        """All levels, the smallest blocks first, and the sums of gates to each token and after it."""
         chunk, width = self._gates.shape
         to_token, from_token, total = self._gates, jnp.zeros_like(self._gates), self._gates
         levels, size = [], 1
@@ -107,7 +108,19 @@ class TreeDecay(ChannelDecay):
                 from_token = jnp.where(is_right, from_token, from_token + other)
                 total = total + other
             size *= 2
-        return tuple(levels)
+        return tuple(levels), to_token, from_token
+
+    @property
+    def _levels(self) -> tuple[Level, ...]:
+        return self._tree[0]
+
+    @cached_property
+    def _to_token(self) -> jax.Array:
+        return jnp.exp2(self._tree[1])
+
+    @cached_property
+    def _from_token(self) -> jax.Array:
+        return jnp.exp2(self._tree[2])
 
     def _spread(self, totals: jax.Array, size: int) -> jax.Array:
         """[blocks, 1, K] -> [blocks size, K]."""

@@ -1,0 +1,302 @@
+"""Training throughput of a model as sequences grow: `python -m experiments.throughput`.
+
+    python -m experiments.throughput                                   340m at 8k, 32k and 128k tokens on one GPU or TPU
+    python -m experiments.throughput --model 1b --lengths 32768 --tokens-per-step 32768
+    python -m experiments.throughput --seq 8 --backend xla --no-remat  sequences cut over 8 devices
+
+The steps are those of `experiments.train`: forward, backward, AdamW, on random tokens and without files. A length that
+doesn't fit in memory gets a row that says so. JAX takes three quarters of a GPU's memory unless told otherwise:
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 leaves longer sequences room.
+
+Prints a table and writes throughput.json and throughput.png.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from experiments.measuring import Timing
+from experiments.results_files import write_results
+from zeco_jax.models import ModelConfig
+from zeco_jax.pods import memory_use
+from zeco_jax.training import (
+    Architecture,
+    Batch,
+    MeshConfig,
+    TrainConfig,
+    compile_program,
+    make_mesh,
+    model_config,
+    model_flops_per_token,
+    model_flops_utilization,
+    place,
+)
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class ThroughputConfig:
+    """What is measured, and where the results go."""
+
+    model: str | None = None
+    """Name of a model; None: 340m, on CPUs tiny."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens per sequence; None: 8192, 32768 and 131072, on CPUs 256 and 1024."""
+    tokens_per_step: int | None = None
+    """Tokens of a step's sequences together, at least one sequence; None: 65536, on CPUs 1024."""
+    seq: int = 1
+    """Devices among which every sequence is divided."""
+    backend: str | None = None
+    """As in zeco_jax.linear_attention."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of storing its activations."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Type that the model computes in; None: bfloat16, on CPUs float32."""
+    steps: int = 5
+    """Timed steps."""
+    output: Path = RESULTS
+    """Directory for throughput.json and throughput.png."""
+
+    def __post_init__(self) -> None:
+        if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
+            raise ValueError(f"lengths must be positive numbers, got {self.lengths}")
+        for name in ("tokens_per_step", "seq", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One length.
+
+    Attributes:
+        length: tokens per sequence.
+        batch: sequences per step.
+        seconds: of a step: first quartile, median, third quartile; None if the step doesn't fit in memory.
+        tokens_per_second: of all devices, from the median.
+        tokens_per_second_per_device: the same, divided by the number of devices.
+        model_flops_utilization: see `zeco_jax.training.model_flops_utilization`.
+        compiled_bytes: of each device's memory, that the compiled step takes; None if compiling took too much.
+        peak_bytes: most that the first device ever had in use, lengths measured before included; None where JAX
+            doesn't count.
+        problem: what was said about memory.
+    """
+
+    length: int
+    batch: int
+    seconds: tuple[float, float, float] | None = None
+    tokens_per_second: float | None = None
+    tokens_per_second_per_device: float | None = None
+    model_flops_utilization: float | None = None
+    compiled_bytes: int | None = None
+    peak_bytes: int | None = None
+    problem: str | None = None
+
+
+def runs(config: ThroughputConfig) -> list[TrainConfig]:
+    """The training runs to measure, from the shortest sequence, with this machine's defaults.
+
+    Raises:
+        ValueError: an impossible run, before any has been measured.
+    """
+    if config.seq > jax.device_count():
+        raise ValueError(f"seq: {config.seq} devices asked for, {jax.device_count()} here")
+    small = jax.default_backend() == "cpu"
+    tokens = config.tokens_per_step or (1024 if small else 65536)
+    lengths = config.lengths or ((256, 1024) if small else (8192, 32768, 131072))
+    return [
+        TrainConfig(
+            model=config.model or ("tiny" if small else "340m"),
+            architecture=Architecture(backend=config.backend),
+            mesh=MeshConfig(seq=config.seq),
+            batch_size=max(1, tokens // length),
+            sequence_length=length,
+            precision=config.precision or ("float32" if small else "bfloat16"),
+            remat=config.remat,
+        )
+        for length in sorted(set(lengths))
+    ]
+
+
+def random_batch(run: TrainConfig, model: ModelConfig) -> Batch:
+    """Random tokens, each sequence one document."""
+    shape = (run.batch_size, run.sequence_length)
+    tokens = np.random.default_rng(run.seed).integers(model.vocabulary_size, size=(2, *shape), dtype=np.int32)
+    return Batch(tokens[0], tokens[1], segment_ids=np.zeros(shape, np.int32), mask=np.ones(shape, bool))
+
+
+def step_seconds(train: Callable[[Any, Batch], tuple[Any, Any]], state: Any, batch: Batch, steps: int) -> Timing:
+    """Times of training steps back to back, after some that don't count.
+
+    The devices always have the next step waiting, so the host adds nothing: a step's time is from the end of the one
+    before to its own.
+    """
+    ends = []
+    state, running = train(state, batch)
+    for _ in range(WARM_UP + steps - 1):
+        state, following = train(state, batch)
+        jax.block_until_ready(running)
+        ends.append(time.perf_counter())
+        running = following
+    jax.block_until_ready(running)
+    ends.append(time.perf_counter())
+    return Timing(tuple(np.diff(ends[WARM_UP - 1 :]).tolist()))
+
+
+def measure(run: TrainConfig, steps: int) -> Measurement:
+    """Compiles and times the training step of one length.
+
+    Raises:
+        jax.errors.JaxRuntimeError: of another kind than too little memory.
+    """
+    mesh = make_mesh(run.mesh)
+    device = mesh.devices.flat[0]
+    program = compile_program(run, mesh)
+    compiled_bytes = seconds = rate = utilization = problem = None
+    try:
+        batch = place(random_batch(run, program.model), mesh)
+        step = program.train.lower(program.abstract_state(), batch).compile()
+        compiled_bytes = memory_use(step).total
+        timing = step_seconds(step, program.create(), batch, steps)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        problem = str(error).splitlines()[0]
+    else:
+        low, high = timing.quartiles
+        seconds = low, timing.median, high
+        rate = run.batch_size * run.sequence_length / timing.median
+        utilization = model_flops_utilization(program.model, rate, devices=mesh.size, device_kind=device.device_kind)
+    return Measurement(
+        length=run.sequence_length,
+        batch=run.batch_size,
+        seconds=seconds,
+        tokens_per_second=rate,
+        tokens_per_second_per_device=rate and rate / mesh.size,
+        model_flops_utilization=utilization,
+        compiled_bytes=compiled_bytes,
+        peak_bytes=(device.memory_stats() or {}).get("peak_bytes_in_use"),
+        problem=problem,
+    )
+
+
+def measure_all(config: ThroughputConfig, console: Console) -> list[Measurement]:
+    """All lengths, from the shortest, under a progress bar."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        return [measure(run, config.steps) for run in progress.track(runs(config), description="lengths measured")]
+
+
+def table(config: ThroughputConfig, measurements: Sequence[Measurement]) -> Table:
+    """One row per length."""
+    run = runs(config)[0]
+    devices = f"{config.seq} x {jax.devices()[0].device_kind}"
+    remat = "with" if config.remat else "without"
+    result = Table(title=f"Training {run.model} in {run.precision} {remat} rematerialisation on {devices}")
+    # Two lines each, so that the table fits 80 columns.
+    headings = ["tokens x\nsequences", "step, ms\n(quartiles)", "tokens/s", "MFU", "compiled,\nGiB", "peak,\nGiB"]
+    if config.seq > 1:
+        headings.insert(3, "per\ndevice")
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for m in measurements:
+        step, rates, utilization = "doesn't fit", [m.tokens_per_second], ""
+        if m.seconds is not None:
+            low, median, high = (1e3 * value for value in m.seconds)
+            step = f"{median:,.0f} ({low:,.0f}-{high:,.0f})"
+        if m.model_flops_utilization is not None:
+            utilization = f"{100 * m.model_flops_utilization:.1f} %"
+        if config.seq > 1:
+            rates.append(m.tokens_per_second_per_device)
+        speed = ["" if rate is None else f"{rate:,.0f}" for rate in rates]
+        memory = ["" if size is None else f"{size / GIB:.2f}" for size in (m.compiled_bytes, m.peak_bytes)]
+        result.add_row(f"{m.length:,} x {m.batch}", step, *speed, utilization, *memory)
+    return result
+
+
+def record(config: ThroughputConfig, measurements: Sequence[Measurement]) -> dict[str, object]:
+    """What throughput.json holds."""
+    run = runs(config)[0]
+    chosen = {name: getattr(run, name) for name in ("model", "precision", "remat")}
+    device = jax.devices()[0]
+    return {
+        "config": chosen | {name: getattr(config, name) for name in ("seq", "backend", "steps")},
+        "device": {"kind": device.device_kind, "platform": device.platform, "cpu_cores": os.cpu_count()},
+        "jax": jax.__version__,
+        "model_flops_per_token": model_flops_per_token(model_config(run)),
+        "quartiles": "seconds of a step: first quartile, median, third quartile",
+        "measurements": [asdict(measurement) for measurement in measurements],
+    }
+
+
+def draw(config: ThroughputConfig, measurements: Sequence[Measurement], path: Path) -> None:
+    """Tokens per second and device over the length, with quartiles."""
+    from matplotlib.figure import Figure
+
+    fitting = [m for m in measurements if m.seconds is not None]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if fitting:
+        lengths = [m.length for m in fitting]
+        slow, median, fast = (
+            [m.batch * m.length / m.seconds[quartile] / config.seq for m in fitting] for quartile in (2, 1, 0)
+        )
+        (line,) = axes.plot(lengths, median, marker="o")
+        axes.fill_between(lengths, slow, fast, alpha=0.15, color=line.get_color())
+        axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens per sequence", ylabel="tokens/s per device", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.suptitle(table(config, measurements).title)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints the table, writes the files.
+
+    Args:
+        arguments: Command line without the program's name. None: that of this process.
+
+    Returns:
+        Exit status: 0, or 2 if it cannot be done as asked.
+    """
+    console = Console()
+    try:
+        config = tyro.cli(
+            ThroughputConfig, prog="python -m experiments.throughput", description=__doc__, args=arguments
+        )
+        # Refused once JAX has started; the devices are then what they are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", config.seq)
+        config.output.mkdir(parents=True, exist_ok=True)
+        measurements = measure_all(config, console)
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console.print(table(config, measurements))
+    for m in measurements:
+        if m.problem is not None:
+            console.print(f"{m.length:,} x {m.batch}: {m.problem}", highlight=False, markup=False)
+    stem = config.output / "throughput"
+    write_results(stem, record(config, measurements), partial(draw, config, measurements), console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

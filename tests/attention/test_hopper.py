@@ -1,0 +1,130 @@
+"""The Hopper backend, simulated on the CPU and compiled on a GPU."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import zeco_jax
+from tests.attention import cases
+from tests.attention.contract import LinearAttentionContract
+from tests.meshes import mesh
+from zeco_jax.attention import Call, HopperBackend, attend, document_starts, make_backend
+from zeco_jax.attention.hopper import levels, plan
+from zeco_jax.collectives import AllScanOptions
+from zeco_jax.parallel import AllScanExchange
+
+
+def simulated(q, k, v, log_decay=None, *, scale=None, initial_state=None, segment_ids=None):
+    """As `zeco_jax.linear_attention`, on any device."""
+    backend = HopperBackend(scale=q.shape[-1] ** -0.5 if scale is None else scale, interpret=True)
+    starts = None if segment_ids is None else document_starts(segment_ids, segment_ids[:, :1])
+    return attend(q, k, v, log_decay, backend=backend, initial_state=initial_state, starts=starts)
+
+
+def case(name, decay, regimes, tokens, **options):
+    return cases.Case(name, decay, regimes, tokens, batch=1, dtype="bfloat16", **options)
+
+
+class TestHopper(LinearAttentionContract):
+    """Few and small: simulating a block of threads takes a second."""
+
+    attend = staticmethod(simulated)
+    covers = (
+        case("channel-mild", "channel", ("gla",), 130, key_width=24, value_width=40),
+        case("channel-strong-packed", "channel", ("mixed", "zero"), 70, segments="odd_places"),
+        case("channel-wide", "channel", ("near_one",), 64, key_width=144, value_width=136, initial_state=False),
+        case("token-packed", "token", ("mixed", "gla"), 70, segments="odd_places"),
+        case("head", "head", ("near_one", "strong"), 64),
+    )
+
+
+def in_bfloat16(case):
+    options = {name: value for name, value in case.options.items() if name != "chunk_size"}
+    return dataclasses.replace(case, dtype="bfloat16", options=options)
+
+
+@pytest.mark.gpu
+class TestHopperOnGpu(LinearAttentionContract):
+    attend = staticmethod(partial(zeco_jax.linear_attention, backend="hopper"))
+    covers = tuple({case.name: in_bfloat16(case) for case in cases.EVERY}.values())
+
+
+class TestServing:
+    def call(self, dtype="bfloat16", key_width=64, value_width=64):
+        return Call(jnp.dtype(dtype), key_width, value_width)
+
+    @pytest.mark.parametrize(
+        ("options", "call", "reason"),
+        [
+            ({}, {"dtype": "float32"}, "bfloat16 queries, keys and values, not float32"),
+            ({}, {"key_width": 300}, "at most 256 key and 512 value channels, not 300 and 64"),
+            ({"chunk_size": 32}, {}, "chunks of 64 tokens, not 32"),
+        ],
+        ids=["float32", "wide", "chunk_size"],
+    )
+    def test_says_what_it_cannot_serve(self, options, call, reason):
+        with pytest.raises(NotImplementedError, match=reason):
+            HopperBackend(**options, interpret=True).check(self.call(**call))
+
+    @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
+    def test_needs_a_gpu(self):
+        with pytest.raises(NotImplementedError, match=r"'hopper' can't serve .* H100 and H200 GPUs, not cpu"):
+            make_backend("hopper", self.call())
+
+    @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU is here")
+    def test_another_backend_takes_over_and_the_reason_is_logged(self, caplog):
+        with caplog.at_level("INFO", logger="zeco_jax.attention.registry"):
+            backend = make_backend(None, self.call())
+        assert type(backend).__name__ == "XlaBackend"
+        assert "'hopper' can't serve this call" in caplog.text
+
+
+class TestLevels:
+    rows, columns = np.indices((64, 64))
+
+    def test_every_pair_parts_once(self):
+        parted = sum(
+            np.asarray(levels.parted(self.rows, self.columns, jnp.int32(level))) for level in range(levels.LEVELS)
+        )
+        np.testing.assert_array_equal(parted, self.rows >= self.columns)
+
+    def test_gates_between_two_tokens_are_counted_once(self):
+        gates = np.random.default_rng(0).normal(size=64)
+        sums = np.cumsum(gates)
+        for level in range(levels.LEVELS):
+            parted = np.asarray(levels.parted(self.rows, self.columns, jnp.int32(level)))
+            decays = np.asarray(levels.reached(self.rows, self.columns, jnp.int32(level))) @ gates
+            got = (decays[:, None] + decays[None, :])[parted]
+            np.testing.assert_allclose(got, (sums[:, None] - sums[None, :])[parted], atol=1e-12)
+
+
+def test_stretches_fill_the_machine_and_do_not_outnumber_the_chunks():
+    assert plan.stretches(16, 256) == 8
+    assert plan.stretches(1, 3) == 3
+    assert plan.stretches(1000, 100) == 1
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowers_over_ranks(check_vma):
+    """The kernels next to an exchange; the simulator knows no meshes, so only lowered."""
+    exchange = AllScanExchange(AllScanOptions("seq", "chain"))
+    spec = PartitionSpec(None, "seq")
+
+    def local(q, log_decay):
+        return attend(q, q, q, log_decay, backend=HopperBackend(), exchange=exchange)[0]
+
+    def loss(q, log_decay):
+        ranks = jax.shard_map(local, mesh=mesh(seq=2), in_specs=(spec, spec), out_specs=spec, check_vma=check_vma)
+        return jnp.sum(ranks(q, log_decay).astype(jnp.float32))
+
+    q = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, log_decay).lower(lowering_platforms=("cuda",))
+    # Summaries once forward and once backward, however many parts need them; chunk states; gradients. Nobody asks for
+    # the outputs.
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 4

@@ -1,0 +1,189 @@
+"""Linear attention by Mosaic GPU kernels for Hopper: two levels of summaries, stretches of chunks."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zeco_jax.attention.backend import Backend, Call, Gradients, Summary
+from zeco_jax.attention.hopper.channel import ChannelDecays
+from zeco_jax.attention.hopper.plan import stretches
+from zeco_jax.attention.hopper.scalar import ScalarDecays
+from zeco_jax.attention.hopper.tile import CHUNK, TILE
+from zeco_jax.attention.hopper.walk import Walk
+from zeco_jax.platforms import device_in_scope
+
+_WIDEST_KEY = 256
+_WIDEST_VALUE = 512
+
+
+@dataclass(frozen=True)
+class HopperBackend(Backend):
+    """Mosaic GPU kernels for H100 and H200: bfloat16 in and out, float32 gates, sums and states.
+
+    The sequence is cut into as many stretches as fill the machine. One pass summarises them, a scan over their
+    summaries gives the state that enters each, one pass replays them. See NOTES.md in this folder.
+
+    Attributes:
+        interpret: simulate the kernels, on any device.
+    """
+
+    takes_infinite_gates: ClassVar[bool] = True
+
+    interpret: bool = field(default=False, kw_only=True)
+
+    def check(self, call: Call) -> None:
+        """Raises NotImplementedError with the reason if the kernels can't serve the call."""
+        if call.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"the kernels take bfloat16 queries, keys and values, not {call.dtype}")
+        if call.key_width > _WIDEST_KEY or call.value_width > _WIDEST_VALUE:
+            raise NotImplementedError(
+                f"heads of at most {_WIDEST_KEY} key and {_WIDEST_VALUE} value channels, not "
+                f"{call.key_width} and {call.value_width}"
+            )
+        if self.chunk_size not in (None, CHUNK):
+            raise NotImplementedError(f"chunks of {CHUNK} tokens, not {self.chunk_size}")
+        device = device_in_scope()
+        if not self.interpret and not (device.platform == "gpu" and ("H100" in device.kind or "H200" in device.kind)):
+            raise NotImplementedError(f"the kernels are for H100 and H200 GPUs, not {device.platform} ({device.kind})")
+
+    def prepare(self, k: jax.Array, v: jax.Array, gates: jax.Array) -> "_Summaries":
+        """The summaries of the stretches."""
+        return _Work.of(k, v, gates, self.interpret).summaries()
+
+    def prepare_adjoint(self, q: jax.Array, gates: jax.Array, dout: jax.Array) -> "_Summaries":
+        """The summaries of the stretches, walked backwards."""
+        return _Work.of(q, dout, gates, self.interpret).summaries(reverse=True, scale=self.scale)
+
+    def summarize(
+        self, k: jax.Array, v: jax.Array, gates: jax.Array, *, prepared: "_Summaries | None" = None
+    ) -> Summary:
+        """What the tokens do to a state; needs no state from outside."""
+        prepared = prepared or self.prepare(k, v, gates)
+        state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]), reverse=False)[1]
+        decay = jnp.broadcast_to(jnp.exp(jnp.sum(prepared.totals, axis=2)), state.shape[:-1])
+        return Summary(decay[..., : k.shape[-1]], state[..., : k.shape[-1], : v.shape[-1]])
+
+    def replay(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        *,
+        prepared: "_Summaries | None" = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The outputs [B, T, H, V] in v's dtype and the state that leaves."""
+        work = _Work.of(k, v, gates, self.interpret)
+        prepared = prepared or work.summaries()
+        entering, state_out = prepared.enter(work.pad_state(state_in), reverse=False)
+        out = work.decays.replay(
+            _pad(q), work.keys, work.values, prepared.totals, entering, work.walk(reverse=False), self.scale
+        )
+        return work.cut(out, work.value_width), work.cut_state(state_out)
+
+    def summarize_adjoint(
+        self, q: jax.Array, gates: jax.Array, dout: jax.Array, *, prepared_adjoint: "_Summaries | None" = None
+    ) -> jax.Array:
+        """The cotangent of the entering state that comes from the outputs alone, [B, H, K, V]."""
+        prepared = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
+        state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]), reverse=True)[1]
+        return state[..., : q.shape[-1], : dout.shape[-1]]
+
+    def replay_adjoint(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        dout: jax.Array,
+        dstate_out: jax.Array,
+        *,
+        prepared: "_Summaries | None" = None,
+        prepared_adjoint: "_Summaries | None" = None,
+    ) -> tuple[Gradients, jax.Array]:
+        """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state."""
+        work = _Work.of(k, v, gates, self.interpret)
+        prepared = prepared or work.summaries()
+        later = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
+        q, dout = _pad(q), _pad(dout.astype(v.dtype))
+        entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
+        states = work.decays.chunk_states(work.keys, work.values, entering, work.walk(reverse=False))
+        leaving, dstate_in = later.enter(work.pad_state(dstate_out), reverse=True)
+        dq, dk, dv, dgates = work.decays.gradients(
+            q, work.keys, work.values, dout, prepared.totals, states, leaving, work.walk(reverse=True), self.scale
+        )
+        dgates = work.cut(dgates, gates.shape[-1])
+        if gates.shape[0] < dgates.shape[0]:
+            dgates = jnp.sum(dgates, axis=0, keepdims=True)
+        gradients = Gradients(
+            work.cut(dq, work.key_width), work.cut(dk, work.key_width), work.cut(dv, work.value_width), dgates
+        )
+        return gradients, work.cut_state(dstate_in)
+
+
+class _Summaries(NamedTuple):
+    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1]."""
+
+    states: jax.Array
+    totals: jax.Array
+
+    def enter(self, first: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array]:
+        """The state that enters each stretch, given that of the first one walked; and what leaves the last one."""
+        walk = Walk(self.totals.shape[2], self.states.shape[2], reverse)
+        decays = jnp.exp(jnp.sum(walk.by_stretch(self.totals), axis=3))
+        order = -1 if reverse else 1
+        entering = []
+        # Not a scan: unrolled, XLA makes one kernel of it.
+        for stretch in range(walk.stretches)[::order]:
+            entering.append(first)
+            first = decays[:, :, stretch, :, None] * first + self.states[:, :, stretch]
+        return jnp.stack(entering[::order], axis=2), first
+
+
+class _Work(NamedTuple):
+    """Arrays in whole chunks and tiles, and what they were before."""
+
+    keys: jax.Array
+    values: jax.Array
+    decays: ChannelDecays | ScalarDecays
+    tokens: int
+    key_width: int
+    value_width: int
+
+    @classmethod
+    def of(cls, keys: jax.Array, values: jax.Array, gates: jax.Array, interpret: bool) -> "_Work":
+        """Pads with zeros: keys and values that add nothing, gates that don't decay."""
+        decays = ScalarDecays.of(gates, interpret) if gates.shape[-1] == 1 else ChannelDecays(_pad(gates), interpret)
+        return cls(_pad(keys), _pad(values), decays, keys.shape[1], keys.shape[-1], values.shape[-1])
+
+    def walk(self, *, reverse: bool) -> Walk:
+        """The stretches."""
+        batch, tokens, heads, width = self.keys.shape
+        blocks = batch * heads * (width // TILE) * (self.values.shape[-1] // TILE)
+        return Walk(tokens // CHUNK, stretches(blocks, tokens // CHUNK), reverse)
+
+    def summaries(self, *, reverse: bool = False, scale: float = 1.0) -> _Summaries:
+        """What the stretches do to a state."""
+        return _Summaries(*self.decays.stretch_states(self.keys, self.values, self.walk(reverse=reverse), scale))
+
+    def pad_state(self, state: jax.Array) -> jax.Array:
+        """[B, H, K, V] in whole tiles."""
+        widths = [(0, 0), (0, 0), *((0, -width % TILE) for width in state.shape[2:])]
+        return jnp.pad(state, widths)
+
+    def cut_state(self, state: jax.Array) -> jax.Array:
+        """[B, H, K, V] without what was added."""
+        return state[:, :, : self.key_width, : self.value_width]
+
+    def cut(self, x: jax.Array, width: int) -> jax.Array:
+        """[B, T, H, width] without what was added."""
+        return x[:, : self.tokens, :, :width]
+
+
+def _pad(x: jax.Array) -> jax.Array:
+    """[B, T, H, width] in whole chunks of tokens and tiles of channels."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, -x.shape[3] % TILE)))

@@ -1,0 +1,84 @@
+"""Decays per key channel: the four kernels with what XLA does around them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zeco_jax.attention.hopper.gradients_channel import gradients_channel
+from zeco_jax.attention.hopper.replay_channel import replay_channel
+from zeco_jax.attention.hopper.states import chunk_states, stretch_states
+from zeco_jax.attention.hopper.tile import COMPUTING, FACTORED_LIMIT, HALF, summed_tiles
+from zeco_jax.attention.hopper.walk import Walk
+
+
+class ChannelDecays(NamedTuple):
+    """Gates [B, T, H, K] float32, T a multiple of CHUNK, K of TILE; and whether the kernels are simulated."""
+
+    gates: jax.Array
+    interpret: bool
+
+    def stretch_states(
+        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
+        return stretch_states(keys, values, self.gates, walk=walk, scale=scale, interpret=self.interpret)
+
+    def chunk_states(self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk) -> jax.Array:
+        """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
+        return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)
+
+    def replay(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, scale: float
+    ) -> jax.Array:
+        """The outputs [B, T, H, V]."""
+        out = replay_channel(
+            q,
+            k,
+            v,
+            self.gates,
+            totals,
+            *_strong(totals, walk),
+            entering,
+            walk=walk,
+            scale=scale,
+            interpret=self.interpret,
+        )
+        return summed_tiles(out)
+
+    def gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        dout: jax.Array,
+        totals: jax.Array,
+        states: jax.Array,
+        leaving: jax.Array,
+        walk: Walk,
+        scale: float,
+    ) -> tuple[jax.Array, ...]:
+        """The gradients of q, k, v and the gates."""
+        gradients = gradients_channel(
+            q,
+            k,
+            v,
+            self.gates,
+            dout,
+            totals,
+            *_strong(totals, walk),
+            states,
+            leaving,
+            walk=walk,
+            scale=scale,
+            interpret=self.interpret,
+        )
+        return tuple(summed_tiles(gradient) for gradient in gradients)
+
+
+def _strong(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
+    """Which chunks decay too strongly to be factored, by half tiles of channels, and which stretches have any."""
+    batch, heads, chunks, width = totals.shape
+    by_chunk = jnp.min(totals.reshape(batch, heads, chunks, width // HALF, HALF), axis=-1) < FACTORED_LIMIT
+    by_stretch = jnp.any(walk.by_stretch(by_chunk).reshape(batch, heads, walk.stretches, -1, COMPUTING), axis=-1)
+    return by_chunk.astype(jnp.int32), by_stretch.astype(jnp.int32)

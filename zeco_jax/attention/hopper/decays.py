@@ -1,0 +1,67 @@
+"""Decays between the tokens of a chunk, where there is one per token and head."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from zeco_jax.attention.hopper import tile
+from zeco_jax.attention.hopper.tile import CHUNK, Ref
+
+
+def sums_of(sums: Ref, batch: jax.Array, head: jax.Array, tokens: slice) -> Ref:
+    """The part of the sums [B or 1, H, T] that belongs to some tokens."""
+    return sums.at[batch if sums.shape[0] > 1 else 0, head, tokens]
+
+
+_LOG2_E = math.log2(math.e)
+# An exponent whose power is 0.
+_NOTHING = -1e30
+
+
+@dataclass(frozen=True)
+class Decays:
+    """The decays of a chunk.
+
+    Attributes:
+        sums: shared memory [CHUNK] float32, the gates' sums up to and including every token.
+    """
+
+    sums: Ref
+
+    def before(self) -> jax.Array:
+        """From the start of the chunk to each token."""
+        return jnp.exp(self._rows())
+
+    def after(self) -> jax.Array:
+        """From each token to the end of the chunk."""
+        return jnp.exp(self._last() - self._rows())
+
+    def whole(self) -> jax.Array:
+        """From the start of the chunk to its end."""
+        return jnp.exp(self._last())
+
+    def between(self, ahead: jax.Array, *, transposed: bool = False) -> jax.Array:
+        """From each token (column) to those after it and itself (row), 0 to those before it.
+
+        Args:
+            ahead: by how many tokens the column is after the row.
+            transposed: exchange rows and columns.
+        """
+        rows = tile.along_rows(self._rows() * _LOG2_E, CHUNK)
+        columns = tile.along_columns(self._columns() * _LOG2_E, CHUNK)
+        exponents, shown = (columns - rows, ahead >= 0) if transposed else (rows - columns, ahead <= 0)
+        # Hidden before the exponential, which could overflow there.
+        return jnp.exp2(jnp.where(shown, exponents, _NOTHING))
+
+    def _rows(self) -> jax.Array:
+        return plgpu.load(self.sums, layout=tile.ROW)
+
+    def _columns(self) -> jax.Array:
+        # Not optimized: the layout inference finds no way to read the same memory as rows and columns otherwise.
+        return plgpu.load(self.sums, layout=tile.COLUMN, optimized=False)
+
+    def _last(self) -> jax.Array:
+        return self.sums[CHUNK - 1]

@@ -1,0 +1,294 @@
+"""Kernel: every gradient, for one decay per token and head."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from zeco_jax.attention.hopper import tile
+from zeco_jax.attention.hopper.decays import Decays, sums_of
+from zeco_jax.attention.hopper.fetching import fetch_chunks
+from zeco_jax.attention.hopper.launch import COMPUTING_REGISTERS, bfloat16, float32, launch, stage_of
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.walk import Walk
+
+_SLOTS = 2
+_FLIPPED = (1, 0)
+
+
+def gradients_scalar(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sums: jax.Array,
+    dout: jax.Array,
+    states: jax.Array,
+    leaving: jax.Array,
+    *,
+    walk: Walk,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    r"""The gradients of queries, keys and values, and what the gates' come from, one tile of the state at a time.
+
+    With b the gates' sums since the chunk began, S the state that enters the chunk and D the cotangent of the state that
+    leaves it, :math:`P_{ij} = \text{scale}\; e^{b_i - b_j} q_i \cdot k_j` and
+    :math:`E_{ij} = \text{scale}\; e^{b_i - b_j} do_i \cdot v_j` for :math:`j \le i`:
+
+    .. math::
+        dq_i &= \text{scale}\; e^{b_i} S do_i + \sum_j E_{ij} k_j \\
+        dk_j &= e^{b_C - b_j} D v_j + \sum_i E_{ij} q_i \\
+        dv_j &= e^{b_C - b_j} D^\top k_j + \sum_i P_{ij} do_i
+
+    For the gates, with the first term of dq called dq', that of dk dk':
+
+    .. math::
+        z_t = \sum_{j < t \le i} P_{ij} (do_i \cdot v_j), \quad
+        u_t = q_t \cdot dq'_t, \quad w_t = k_t \cdot dk'_t, \quad x_k = e^{b_C} \sum_v S_{kv} D_{kv}
+
+    Args:
+        q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
+        k: [B, T, H, K] bfloat16.
+        v: [B, T, H, V] bfloat16, V a multiple of TILE.
+        sums: [B or 1, H, T] float32, the gates' sums since each chunk began.
+        dout: [B, T, H, V] bfloat16.
+        states: [B, H, chunks, K, V] bfloat16, the state that enters each chunk.
+        leaving: [B, H, stretches, K, V] float32, the cotangent of the state that leaves each stretch.
+        walk: the stretches, in reverse.
+        scale: factor on the outputs.
+        interpret: simulate the kernel.
+
+    Returns:
+        dq and dk [V / TILE, B, T, H, K] and dv [K / TILE, B, T, H, V] bfloat16, to be summed over their first axes; then
+        z, u and w [K / TILE, V / TILE, COMPUTING, B, H, T] and x [..., B, H, chunks, TILE] float32 for `gate_gradient`.
+    """
+    batch, tokens, heads, width = q.shape
+    key_tiles, value_tiles = width // TILE, v.shape[-1] // TILE
+    halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
+    chunk_tile = tile.bf16_tile(_SLOTS, CHUNK, TILE)
+    parts = (key_tiles, value_tiles, COMPUTING, batch, heads)
+    return launch(
+        partial(_gradients, walk=walk, scale=scale),
+        (q, k, v, sums, dout, states, leaving),
+        (
+            bfloat16(value_tiles, batch, tokens, heads, width),
+            bfloat16(value_tiles, batch, tokens, heads, width),
+            bfloat16(key_tiles, batch, tokens, heads, v.shape[-1]),
+            float32(*parts, tokens),
+            float32(*parts, tokens),
+            float32(*parts, tokens),
+            float32(*parts, walk.chunks, TILE),
+        ),
+        {
+            "q_tile": chunk_tile,
+            "k_tile": chunk_tile,
+            "v_tile": chunk_tile,
+            "dout_tile": chunk_tile,
+            "sums_tile": plgpu.SMEM((_SLOTS, CHUNK), jnp.float32),
+            "state_tile": tile.bf16_tile(TILE, TILE),
+            "leaving_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
+            # What a warpgroup is about to multiply or to store; a store may still read the one while the other fills.
+            "first_work": halves,
+            "second_work": halves,
+            "fetched": plgpu.Barrier(num_arrivals=5, num_barriers=_SLOTS),
+            "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+            "state_fetched": plgpu.Barrier(),
+            "state_used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "leaving_written": plgpu.Barrier(num_arrivals=COMPUTING),
+            "leaving_read": plgpu.Barrier(num_arrivals=COMPUTING),
+        },
+        name="gradients_scalar",
+        grid={
+            "batch": batch,
+            "head": heads,
+            "stretch": walk.stretches,
+            "key_tile": key_tiles,
+            "value_tile": value_tiles,
+        },
+        interpret=interpret,
+    )
+
+
+def gate_gradient(z: jax.Array, u: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
+    r"""The gates' gradients, from what `gradients_scalar` returns.
+
+    .. math:: dg_t = z_t + \sum_{s \ge t} u_s + \sum_{s < t} w_s + \sum_k x_k
+
+    over the tokens s of the chunk of t. Nothing is subtracted, so that strong decays leave their small gradients exact.
+
+    Args:
+        z: [K / TILE, V / TILE, COMPUTING, B, H, T], what pairs of tokens of the chunk give.
+        u: [K / TILE, V / TILE, COMPUTING, B, H, T], queries and the state that enters.
+        w: [K / TILE, V / TILE, COMPUTING, B, H, T], keys and the cotangent of the state that leaves.
+        x: [K / TILE, V / TILE, COMPUTING, B, H, chunks, TILE], the two states.
+
+    Returns:
+        [B, H, T] float32.
+    """
+    by_chunk = (*z.shape[3:5], -1, CHUNK)
+    z, u, w = (jnp.sum(part, axis=(0, 1, 2)).reshape(by_chunk) for part in (z, u, w))
+    earlier = jnp.pad(w, ((0, 0), (0, 0), (0, 0), (1, 0)))[..., :-1]
+    through = jnp.sum(x, axis=(0, 1, 2, 6))[..., None]
+    gradient = z + lax.cumsum(u, axis=3, reverse=True) + lax.cumsum(earlier, axis=3) + through
+    return gradient.reshape(*by_chunk[:2], -1)
+
+
+def _gradients(
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    sums: Ref,
+    dout: Ref,
+    states: Ref,
+    leaving: Ref,
+    nothing: Ref,
+    dq: Ref,
+    dk: Ref,
+    dv: Ref,
+    z: Ref,
+    u: Ref,
+    w: Ref,
+    x: Ref,
+    *,
+    walk: Walk,
+    scale: float,
+    q_tile: Ref,
+    k_tile: Ref,
+    v_tile: Ref,
+    dout_tile: Ref,
+    sums_tile: Ref,
+    state_tile: Ref,
+    leaving_tile: Ref,
+    first_work: Ref,
+    second_work: Ref,
+    fetched: Ref,
+    used: Ref,
+    state_fetched: Ref,
+    state_used: Ref,
+    leaving_written: Ref,
+    leaving_read: Ref,
+    staging: Ref | None,
+) -> None:
+    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    key_tile, value_tile = lax.axis_index("key_tile"), lax.axis_index("value_tile")
+    warpgroup = lax.axis_index("warpgroup")
+    of_keys, of_values = pl.ds(key_tile * TILE, TILE), pl.ds(value_tile * TILE, TILE)
+
+    @pl.when(warpgroup == PRODUCER)
+    def _fetch() -> None:
+        def fetch(chunk: jax.Array, tokens: pl.Slice, slot: jax.Array) -> None:
+            full = fetched.at[slot]
+            plgpu.copy_gmem_to_smem(sums_of(sums, batch, head, tokens), sums_tile.at[slot], full)
+            for source, target, channels in (
+                (dout, dout_tile, of_values),
+                (q, q_tile, of_keys),
+                (v, v_tile, of_values),
+                (k, k_tile, of_keys),
+            ):
+                plgpu.copy_gmem_to_smem(source.at[batch, tokens, head, channels], target.at[slot], full)
+            plgpu.barrier_wait(state_used)
+            plgpu.copy_gmem_to_smem(states.at[batch, head, chunk, of_keys, of_values], state_tile, state_fetched)
+
+        fetch_chunks(walk, stretch, fetch, used=used, slots=_SLOTS)
+        plgpu.barrier_wait(state_used)
+
+    @pl.when(warpgroup < COMPUTING)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        stage = stage_of(staging, warpgroup)
+        product, products = partial(tile.product, staging=stage), partial(tile.products, staging=stage)
+        own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
+        own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
+        square = (CHUNK, CHUNK)
+        rows, columns = tile.indices()
+        sides = [pl.ds(index * HALF, HALF) for index in range(COMPUTING)]
+
+        def ahead() -> jax.Array:
+            # Counted anew where it is needed: it would fill 32 registers.
+            return columns - rows + nothing[0]
+
+        # The first state finds its place free.
+        plgpu.barrier_arrive(state_used)
+
+        def step_body(step: jax.Array, later: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            zero = nothing[0]
+            mine = warpgroup + zero
+            own = tile.half(mine)
+            first, second, own_leaving = (ref.at[mine] for ref in (first_work, second_work, leaving_tile))
+            part = (key_tile, value_tile, mine, batch, head)
+            slot = lax.rem(step, _SLOTS)
+            chunk = walk.chunk(stretch, step)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            queries, keys, values, douts = (ref.at[slot] for ref in (q_tile, k_tile, v_tile, dout_tile))
+            decays = Decays(sums_tile.at[slot])
+            plgpu.barrier_wait(fetched.at[slot])
+            before = tile.along_rows(decays.before() * scale, HALF)
+
+            # The gradient of the values of the step before has left the second work.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            second[...] = (tile.load(douts.at[:, own]) * before).astype(jnp.bfloat16)
+            pl.when(step >= 1)(lambda: plgpu.barrier_wait(leaving_read))
+            for side, rest in zip(sides, later, strict=True):
+                own_leaving[side] = rest.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(leaving_written)
+            plgpu.barrier_wait(state_fetched)
+            whole = decays.whole()
+            for side, rest in zip(sides, later, strict=True):
+                x[*part, chunk, side] = jnp.sum(tile.load(state_tile.at[side, own]) * rest, axis=1) * whole
+            later = tuple(
+                rest * whole + product(square, (queries.at[:, side].transpose(_FLIPPED), second))
+                for side, rest in zip(sides, later, strict=True)
+            )
+
+            dq_own = product(square, (douts, state_tile.at[own].transpose(_FLIPPED))) * before
+            plgpu.barrier_arrive(state_used)
+            u[*part, tokens] = jnp.sum(tile.load(queries.at[:, own]) * dq_own, axis=1)
+            weights = product(square, (douts, values.transpose(_FLIPPED))) * (decays.between(ahead()) * scale)
+            dq_own += product(square, (weights.astype(jnp.bfloat16), keys.at[:, own]))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            tile.write(first, dq_own.astype(jnp.bfloat16))
+            plgpu.copy_smem_to_gmem(first, dq.at[value_tile, batch, tokens, head, own_keys])
+
+            scores, weights = products(
+                (square, [(keys, queries.transpose(_FLIPPED))]), (square, [(values, douts.transpose(_FLIPPED))])
+            )
+            between = decays.between(ahead(), transposed=True) * scale
+            scores *= between
+            moved = scores * weights
+            scores, weights = scores.astype(jnp.bfloat16), (weights * between).astype(jnp.bfloat16)
+            # A warpgroup sums one of the two parts.
+            for index in range(COMPUTING):
+                pl.when(warpgroup == index)(lambda index=index: tile.write(second, tile.split(moved)[index]))
+            crossing = product(square, (tile.ones_where(ahead() < 0), second))
+            z[*part, tokens] = jnp.sum(jnp.where(ahead() >= 0, crossing, 0.0), axis=1)
+
+            after = tile.along_rows(decays.after(), HALF)
+            dv_own = product(square, (keys, own_leaving)) * after
+            dv_own += product(square, (scores, douts.at[:, own]))
+            tile.write(second, dv_own.astype(jnp.bfloat16))
+            plgpu.copy_smem_to_gmem(second, dv.at[key_tile, batch, tokens, head, own_values])
+
+            plgpu.barrier_wait(leaving_written)
+            terms = (
+                (values.at[:, side], leaving_tile.at[index, own].transpose(_FLIPPED)) for index, side in enumerate(sides)
+            )
+            dk_own = product(square, *terms) * after
+            plgpu.barrier_arrive(leaving_read)
+            w[*part, tokens] = jnp.sum(tile.load(keys.at[:, own]) * dk_own, axis=1)
+            dk_own += product(square, (weights, queries.at[:, own]))
+            plgpu.barrier_arrive(used.at[slot])
+            # The gradient of the queries has left the first work.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            tile.write(first, dk_own.astype(jnp.bfloat16))
+            plgpu.copy_smem_to_gmem(first, dk.at[value_tile, batch, tokens, head, own_keys])
+            return later
+
+        places = (pl.ds(key_tile * TILE + index * HALF, HALF) for index in range(COMPUTING))
+        later = tuple(tile.load_global(leaving.at[batch, head, stretch, place, own_values]) for place in places)
+        lax.fori_loop(0, walk.steps(stretch), step_body, later)
+        plgpu.barrier_wait(leaving_read)
+        plgpu.wait_smem_to_gmem(0)

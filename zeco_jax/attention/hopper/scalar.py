@@ -1,0 +1,66 @@
+"""Scalar decays, per token and head or per head: the four kernels with what XLA does around them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zeco_jax.attention.hopper.gradients_scalar import gate_gradient, gradients_scalar
+from zeco_jax.attention.hopper.replay_scalar import replay_scalar
+from zeco_jax.attention.hopper.states_scalar import chunk_states_scalar, stretch_states_scalar
+from zeco_jax.attention.hopper.tile import CHUNK, WEAKEST_GATE, summed_tiles
+from zeco_jax.attention.hopper.walk import Walk
+
+
+class ScalarDecays(NamedTuple):
+    """The gates' sums since each chunk began, [B or 1, H, T] float32; and whether the kernels are simulated."""
+
+    sums: jax.Array
+    interpret: bool
+
+    @classmethod
+    def of(cls, gates: jax.Array, interpret: bool) -> "ScalarDecays":
+        """From gates [B or 1, T, H, 1], any T: those that are missing to a whole chunk don't decay."""
+        gates = jnp.moveaxis(jnp.maximum(gates[..., 0], WEAKEST_GATE), 1, 2)
+        gates = jnp.pad(gates, ((0, 0), (0, 0), (0, -gates.shape[2] % CHUNK)))
+        chunks = gates.reshape(*gates.shape[:2], -1, CHUNK)
+        return cls(jnp.cumsum(chunks, axis=-1).reshape(gates.shape), interpret)
+
+    def stretch_states(
+        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B or 1, H, chunks, 1]."""
+        states = stretch_states_scalar(keys, values, self.sums, walk=walk, scale=scale, interpret=self.interpret)
+        return states, self.sums[..., CHUNK - 1 :: CHUNK, None]
+
+    def chunk_states(self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk) -> jax.Array:
+        """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
+        return chunk_states_scalar(k, v, self.sums, entering, walk=walk, interpret=self.interpret)
+
+    def replay(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, scale: float
+    ) -> jax.Array:
+        """The outputs [B, T, H, V]."""
+        del totals
+        out = replay_scalar(q, k, v, self.sums, entering, walk=walk, scale=scale, interpret=self.interpret)
+        return summed_tiles(out)
+
+    def gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        dout: jax.Array,
+        totals: jax.Array,
+        states: jax.Array,
+        leaving: jax.Array,
+        walk: Walk,
+        scale: float,
+    ) -> tuple[jax.Array, ...]:
+        """The gradients of q, k, v and the gates [B, T, H, 1]."""
+        del totals
+        dq, dk, dv, *parts = gradients_scalar(
+            q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret
+        )
+        dgates = jnp.moveaxis(gate_gradient(*parts), 1, 2)[..., None]
+        return summed_tiles(dq), summed_tiles(dk), summed_tiles(dv), dgates

@@ -7,6 +7,8 @@ from typing import Any
 from rich.table import Table
 
 GIB = 1 << 30
+# Purposes of collectives that attention doesn't need.
+_OF_THE_REST = ("gradients", "other")
 _SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -134,7 +136,7 @@ def _memory_rows(table: Table, plan: dict[str, Any]) -> None:
 def _traffic_rows(table: Table, row: dict[str, Any], plan: dict[str, Any]) -> None:
     times = "once" if row["exchanges"] == 1 else f"{row['exchanges']} x"
     what = f"{row['rounds']} {row['kinds'][0] if len(row['kinds']) == 1 else 'collectives'}"
-    if row["purpose"].startswith("states"):
+    if row["purpose"] not in _OF_THE_REST:
         per_layer = row["exchanges"] / plan["layers"]
         times = f"{per_layer:g} a layer"
     exposed = "nothing exposed" if row["exposed"] < 1e-7 else f"{milliseconds(row['exposed'])} exposed"
@@ -162,10 +164,10 @@ def comparison(plans: Sequence[dict[str, Any]], failures: dict[str, str]) -> Tab
     table = Table(title="side by side: per device and step", title_justify="left", pad_edge=False)
     for name in ("strategy", "topology", "tokens"):
         table.add_column(name, no_wrap=True)
-    for name in ("memory", "states sent", "rounds", "exposed", "gradients exposed", "step", "tokens/s"):
+    for name in ("memory", "attention sends", "rounds", "exposed", "gradients exposed", "step", "tokens/s"):
         table.add_column(name, justify="right")
     for plan in plans:
-        states = [row for row in plan["traffic"] if row["purpose"].startswith("states")]
+        states = [row for row in plan["traffic"] if row["purpose"] not in _OF_THE_REST]
         gradients = [row for row in plan["traffic"] if row["purpose"] == "gradients"]
         times = list(plan["times"].values())[-1]
         fits = plan["memory"]["total"] <= plan["memory"]["limit"]

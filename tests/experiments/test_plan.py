@@ -236,4 +236,5 @@ def test_weak_scaling_to_a_pod(monkeypatch):
         if before["purpose"].startswith("states"):
             assert after["bytes"] == before["bytes"]
             assert after["exchanges"] == large["layers"]
-            assert after["work_inside"] > 0
+            # More than would be needed if it were spread over the rounds.
+            assert after["work_inside"] > after["wire"]

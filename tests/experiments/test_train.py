@@ -15,7 +15,7 @@ import pytest
 
 from experiments.train import main, parse
 from tests.training.runs import write_text
-from zeco_jax.training import read_metrics
+from zeco_jax.training import model_config, read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 80
@@ -152,6 +152,13 @@ def test_a_ready_made_run_can_be_changed():
     run = parse(["--config", "340m-gpu", "--steps", "5", "--optimizer.warmup-steps", "2"])
     assert (run.training.model, run.training.precision, run.training.steps) == ("340m", "bfloat16", 5)
     assert run.devices.virtual_devices is None
+
+
+def test_the_1b_run_is_one_long_sequence_with_rematerialisation():
+    training = parse(["--config", "1b-gpu"]).training
+    assert (training.batch_size, training.sequence_length, training.precision) == (1, 32768, "bfloat16")
+    assert model_config(training).remat
+    assert training.optimizer.warmup_steps < training.decay_steps
 
 
 def test_an_unknown_ready_made_run_is_refused(capsys):

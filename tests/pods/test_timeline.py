@@ -105,6 +105,8 @@ def test_an_exchange_that_is_gone_through_twice_is_seen():
             "jit(train)/transpose(jvp())/while/body/checkpoint/rematted_computation/shard_map/jit(attend)/ppermute",
             "states, forward again",
         ),
+        ("jit(train)/jvp()/while/body/shard_map/all_to_all", "heads, forward"),
+        ("jit(train)/transpose(jvp())/while/body/checkpoint/shard_map/all_to_all", "heads, backward"),
         ("jit(train)/transpose(jvp())/while/body/dot_general", "gradients"),
         ("jit(train)/shard_map/ppermute", "other"),
     ],

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from zeco_jax.pods.timeline import Wait
 
+# What attention sends: ZeCO and its like states, Ulysses heads.
+_EXCHANGED = ("states", "heads")
 _ATTENTION = "jit(attend)"
 
 
@@ -14,7 +16,7 @@ class Traffic(NamedTuple):
 
     Attributes:
         purpose: "states, forward", "states, backward", "states, forward again" (where rematerialisation repeats the
-            exchange), "gradients" or "other".
+            exchange), the same with "heads" for the all-to-alls of Ulysses, "gradients" or "other".
         exchanges: how often they are gone through: for the states, once for each layer.
         rounds: collectives of one exchange.
         kinds: "collective-permute", "all-reduce", ...
@@ -45,16 +47,18 @@ def traffic_in(waits: Iterable[Wait]) -> list[Traffic]:
     groups: dict[str, list[Wait]] = {}
     for wait in waits:
         groups.setdefault(_purpose(wait), []).append(wait)
-    order = ("states, forward", "states, forward again", "states, backward", "gradients", "other")
-    return [_sum(purpose, groups[purpose]) for purpose in order if purpose in groups]
+    exchanges = [f"{what}, {way}" for what in _EXCHANGED for way in ("forward", "forward again", "backward")]
+    return [_sum(purpose, groups[purpose]) for purpose in (*exchanges, "gradients", "other") if purpose in groups]
 
 
 def _purpose(wait: Wait) -> str:
     source = wait.collective.source
-    if _ATTENTION in source:
-        again = "rematted_computation" in source.partition(_ATTENTION)[0]
-        return "states, forward again" if again else f"states, {'backward' if 'transpose(' in source else 'forward'}"
-    return "gradients" if "transpose(" in source else "other"
+    backward = "transpose(" in source
+    what = "states" if _ATTENTION in source else "heads" if "all_to_all" in source else None
+    if what is None:
+        return "gradients" if backward else "other"
+    again = "rematted_computation" in source.partition(_ATTENTION)[0]
+    return f"{what}, {'forward again' if again else 'backward' if backward else 'forward'}"
 
 
 def _sum(purpose: str, waits: list[Wait]) -> Traffic:

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
-from zeco_jax.attention.hopper.decays import Decays, sums_of
+from zeco_jax.attention.hopper.decays import Decays, sums_of, tokens_at, write_positions
 from zeco_jax.attention.hopper.fetching import fetch_chunks
 from zeco_jax.attention.hopper.launch import COMPUTING_REGISTERS, bfloat16, float32, launch, stage_of
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
@@ -34,7 +34,7 @@ def gradients_scalar(
 ) -> tuple[jax.Array, ...]:
     r"""The gradients of queries, keys and values, and what the gates' come from, one tile of the state at a time.
 
-    With b the gates' sums since the chunk began, S the state that enters the chunk and D the cotangent of the state that
+    With b the gates' sums since the chunk began, S the state that enters the chunk, D the cotangent of the state that
     leaves it, :math:`P_{ij} = \text{scale}\; e^{b_i - b_j} q_i \cdot k_j` and
     :math:`E_{ij} = \text{scale}\; e^{b_i - b_j} do_i \cdot v_j` for :math:`j \le i`:
 
@@ -62,7 +62,7 @@ def gradients_scalar(
         interpret: simulate the kernel.
 
     Returns:
-        dq and dk [V / TILE, B, T, H, K] and dv [K / TILE, B, T, H, V] bfloat16, to be summed over their first axes; then
+        dq and dk [V / TILE, B, T, H, K] and dv [K / TILE, B, T, H, V] bfloat16, to be summed over their first axes;
         z, u and w [K / TILE, V / TILE, COMPUTING, B, H, T] and x [..., B, H, chunks, TILE] float32 for `gate_gradient`.
     """
     batch, tokens, heads, width = q.shape
@@ -87,7 +87,8 @@ def gradients_scalar(
             "k_tile": chunk_tile,
             "v_tile": chunk_tile,
             "dout_tile": chunk_tile,
-            "sums_tile": plgpu.SMEM((_SLOTS, CHUNK), jnp.float32),
+            # The last row is for the positions.
+            "sums_tile": plgpu.SMEM((_SLOTS + 1, CHUNK), jnp.float32),
             "state_tile": tile.bf16_tile(TILE, TILE),
             "leaving_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
             # What a warpgroup is about to multiply or to store; a store may still read the one while the other fills.
@@ -203,13 +204,11 @@ def _gradients(
         own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
         own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
         square = (CHUNK, CHUNK)
-        rows, columns = tile.indices()
         sides = [pl.ds(index * HALF, HALF) for index in range(COMPUTING)]
 
-        def ahead() -> jax.Array:
-            # Counted anew where it is needed: it would fill 32 registers.
-            return columns - rows + nothing[0]
-
+        positions = sums_tile.at[_SLOTS]
+        # Both warpgroups write the same.
+        write_positions(positions)
         # The first state finds its place free.
         plgpu.barrier_arrive(state_used)
 
@@ -223,13 +222,9 @@ def _gradients(
             chunk = walk.chunk(stretch, step)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             queries, keys, values, douts = (ref.at[slot] for ref in (q_tile, k_tile, v_tile, dout_tile))
-            decays = Decays(sums_tile.at[slot])
+            decays = Decays(sums_tile.at[slot], positions)
             plgpu.barrier_wait(fetched.at[slot])
             before = tile.along_rows(decays.before() * scale, HALF)
-
-            # The gradient of the values of the step before has left the second work.
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            second[...] = (tile.load(douts.at[:, own]) * before).astype(jnp.bfloat16)
             pl.when(step >= 1)(lambda: plgpu.barrier_wait(leaving_read))
             for side, rest in zip(sides, later, strict=True):
                 own_leaving[side] = rest.astype(jnp.bfloat16)
@@ -239,15 +234,11 @@ def _gradients(
             whole = decays.whole()
             for side, rest in zip(sides, later, strict=True):
                 x[*part, chunk, side] = jnp.sum(tile.load(state_tile.at[side, own]) * rest, axis=1) * whole
-            later = tuple(
-                rest * whole + product(square, (queries.at[:, side].transpose(_FLIPPED), second))
-                for side, rest in zip(sides, later, strict=True)
-            )
 
             dq_own = product(square, (douts, state_tile.at[own].transpose(_FLIPPED))) * before
             plgpu.barrier_arrive(state_used)
             u[*part, tokens] = jnp.sum(tile.load(queries.at[:, own]) * dq_own, axis=1)
-            weights = product(square, (douts, values.transpose(_FLIPPED))) * (decays.between(ahead()) * scale)
+            weights = product(square, (douts, values.transpose(_FLIPPED))) * (decays.between() * scale)
             dq_own += product(square, (weights.astype(jnp.bfloat16), keys.at[:, own]))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile.write(first, dq_own.astype(jnp.bfloat16))
@@ -256,15 +247,17 @@ def _gradients(
             scores, weights = products(
                 (square, [(keys, queries.transpose(_FLIPPED))]), (square, [(values, douts.transpose(_FLIPPED))])
             )
-            between = decays.between(ahead(), transposed=True) * scale
+            between = decays.between(transposed=True) * scale
             scores *= between
             moved = scores * weights
             scores, weights = scores.astype(jnp.bfloat16), (weights * between).astype(jnp.bfloat16)
             # A warpgroup sums one of the two parts.
             for index in range(COMPUTING):
                 pl.when(warpgroup == index)(lambda index=index: tile.write(second, tile.split(moved)[index]))
-            crossing = product(square, (tile.ones_where(ahead() < 0), second))
-            z[*part, tokens] = jnp.sum(jnp.where(ahead() >= 0, crossing, 0.0), axis=1)
+            row, column = tokens_at(positions)
+            crossing = product(square, (tile.ones_where(column < row), second))
+            row, column = tokens_at(positions)
+            z[*part, tokens] = jnp.sum(jnp.where(column >= row, crossing, 0.0), axis=1)
 
             after = tile.along_rows(decays.after(), HALF)
             dv_own = product(square, (keys, own_leaving)) * after
@@ -274,16 +267,24 @@ def _gradients(
 
             plgpu.barrier_wait(leaving_written)
             terms = (
-                (values.at[:, side], leaving_tile.at[index, own].transpose(_FLIPPED)) for index, side in enumerate(sides)
+                (values.at[:, side], leaving_tile.at[index, own].transpose(_FLIPPED))
+                for index, side in enumerate(sides)
             )
             dk_own = product(square, *terms) * after
             plgpu.barrier_arrive(leaving_read)
             w[*part, tokens] = jnp.sum(tile.load(keys.at[:, own]) * dk_own, axis=1)
             dk_own += product(square, (weights, queries.at[:, own]))
-            plgpu.barrier_arrive(used.at[slot])
+            dk_own = dk_own.astype(jnp.bfloat16)
             # The gradient of the queries has left the first work.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            tile.write(first, dk_own.astype(jnp.bfloat16))
+            tile.write(first, (tile.load(douts.at[:, own]) * before).astype(jnp.bfloat16))
+            # Last: sooner, the compiler would put off the sums and keep both their terms.
+            later = tuple(
+                rest * whole + product(square, (queries.at[:, side].transpose(_FLIPPED), first))
+                for side, rest in zip(sides, later, strict=True)
+            )
+            plgpu.barrier_arrive(used.at[slot])
+            tile.write(first, dk_own)
             plgpu.copy_smem_to_gmem(first, dk.at[value_tile, batch, tokens, head, own_keys])
             return later
 

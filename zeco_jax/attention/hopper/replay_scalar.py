@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
-from zeco_jax.attention.hopper.decays import Decays, sums_of
+from zeco_jax.attention.hopper.decays import Decays, sums_of, write_positions
 from zeco_jax.attention.hopper.fetching import fetch_chunks
 from zeco_jax.attention.hopper.launch import COMPUTING_REGISTERS, bfloat16, launch, stage_of
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
@@ -57,7 +57,8 @@ def replay_scalar(
             "q_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
             "k_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
             "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
-            "sums_tile": plgpu.SMEM((_SLOTS, CHUNK), jnp.float32),
+            # The last row is for the positions.
+            "sums_tile": plgpu.SMEM((_SLOTS + 1, CHUNK), jnp.float32),
             "state_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
             "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
             "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
@@ -121,7 +122,9 @@ def _replay(
         own, stage = tile.half(warpgroup), stage_of(staging, warpgroup)
         own_state, own_out = state_tile.at[warpgroup], out_tile.at[warpgroup]
         own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
-        rows, columns = tile.indices()
+        positions = sums_tile.at[_SLOTS]
+        # Both warpgroups write the same.
+        write_positions(positions)
 
         def step_body(step: jax.Array, state: jax.Array) -> jax.Array:
             slot = lax.rem(step, _SLOTS)
@@ -129,14 +132,14 @@ def _replay(
             plgpu.commit_smem()
             plgpu.barrier_wait(fetched.at[slot])
             queries, keys, values = q_tile.at[slot], k_tile.at[slot], v_tile.at[slot, :, own]
-            decays = Decays(sums_tile.at[slot])
+            decays = Decays(sums_tile.at[slot], positions)
             scored, result = tile.products(
                 ((CHUNK, CHUNK), [(queries, keys.transpose((1, 0)))]),
                 ((CHUNK, HALF), [(queries, own_state)]),
                 staging=stage,
             )
             result *= tile.along_rows(decays.before() * scale, HALF)
-            terms = [(part, values) for part in tile.split(scored * (decays.between(columns - rows) * scale))]
+            terms = [(part, values) for part in tile.split(scored * (decays.between() * scale))]
             result += tile.product((CHUNK, HALF), *terms, staging=stage)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             own_out[...] = result.astype(jnp.bfloat16)

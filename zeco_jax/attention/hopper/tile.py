@@ -25,8 +25,8 @@ FP32_TILES = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 # Gates below have a float32 exponential of 0; sums of a chunk of them keep their small parts.
 WEAKEST_GATE = -120.0
-# While no channel of a chunk decays by more than e^-60, exp(-b) of its sums b, and products with it, stay in range.
-FACTORED_LIMIT = -60.0
+# While no channel of a chunk decays by more than e^-50, exp(-b) of its sums b, and products with it, stay in range.
+FACTORED_LIMIT = -50.0
 
 Ref = Any
 Factors = tuple[jax.Array | Ref, Ref]

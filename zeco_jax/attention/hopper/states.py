@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
+from zeco_jax.attention.hopper.fetching import fetch_chunks
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
-    PRODUCER_REGISTERS,
     bfloat16,
     float32,
     launch,
@@ -212,26 +212,14 @@ def _walk(
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-
-        @pl.loop(0, steps)
-        def _step(step: jax.Array) -> None:
-            slot = lax.rem(step, _SLOTS)
-
-            @pl.when(step >= _SLOTS)
-            def _wait() -> None:
-                plgpu.barrier_wait(used.at[slot])
-
-            tokens = pl.ds(walk.chunk(stretch, step) * CHUNK, CHUNK)
+        def fetch(chunk: jax.Array, tokens: pl.Slice, slot: jax.Array) -> None:
+            del chunk
             full = fetched.at[slot]
             plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, of_keys], gates_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(keys.at[batch, tokens, head, of_keys], keys_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], values_tile.at[slot], full)
 
-        # A barrier may not go while somebody has still to pass it.
-        @pl.loop(jnp.maximum(steps - _SLOTS, 0), steps)
-        def _drain(step: jax.Array) -> None:
-            plgpu.barrier_wait(used.at[lax.rem(step, _SLOTS)])
+        fetch_chunks(walk, stretch, fetch, used=used, slots=_SLOTS)
 
     @pl.when(warpgroup < COMPUTING)
     def _compute() -> None:

@@ -62,8 +62,6 @@ from zeco_jax.attention import BACKENDS
 RESULTS = Path(__file__).parent / "results"
 PASSES = {"forward": "forward", "gradient": "forward + backward"}
 DECAYS: tuple[Decay, ...] = Decay.__args__
-PLANNED = ("hopper", "tpu")
-"""Backends that may be asked for though they are not there: they get a row that says so."""
 CHECK_TOKENS = (512, 487)
 """Tokens compared with the oracle, or up to so many where the shape has fewer; the second doesn't fill its chunks."""
 ORACLES = 4
@@ -98,7 +96,7 @@ class KernelsConfig:
         check_names("shapes", self.shapes, SHAPES)
         check_names("decays", self.decays, DECAYS)
         check_names("passes", self.passes, PASSES)
-        check_names("backends", self.backends, tuple(dict.fromkeys((*BACKENDS, *PLANNED))))
+        check_names("backends", self.backends, tuple(BACKENDS))
         check_names("peers", self.peers, ("fla", "cudnn", "none"))
         if "none" in self.peers and len(self.peers) > 1:
             raise ValueError(f"peers must be none or some, got {', '.join(self.peers)}")

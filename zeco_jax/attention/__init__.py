@@ -7,6 +7,7 @@ from zeco_jax.attention.hopper import HopperBackend
 from zeco_jax.attention.operator import Exchange, attend
 from zeco_jax.attention.reference import ReferenceBackend, recurrence
 from zeco_jax.attention.registry import BACKENDS, make_backend
+from zeco_jax.attention.tpu import TpuBackend
 from zeco_jax.attention.xla import XlaBackend
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "HopperBackend",
     "ReferenceBackend",
     "Summary",
+    "TpuBackend",
     "XlaBackend",
     "accumulation_dtype",
     "attend",

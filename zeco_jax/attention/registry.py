@@ -5,10 +5,16 @@ import logging
 from zeco_jax.attention.backend import Backend, Call
 from zeco_jax.attention.hopper import HopperBackend
 from zeco_jax.attention.reference import ReferenceBackend
+from zeco_jax.attention.tpu import TpuBackend
 from zeco_jax.attention.xla import XlaBackend
 
 # Best first: the order in which a call that names no backend tries them.
-BACKENDS: dict[str, type[Backend]] = {"hopper": HopperBackend, "xla": XlaBackend, "reference": ReferenceBackend}
+BACKENDS: dict[str, type[Backend]] = {
+    "tpu": TpuBackend,
+    "hopper": HopperBackend,
+    "xla": XlaBackend,
+    "reference": ReferenceBackend,
+}
 
 _log = logging.getLogger(__name__)
 

@@ -46,8 +46,8 @@ def linear_attention(
         axis_name: inside `jax.shard_map`: the mesh axis along which T is cut, or a tuple of axes, slowest first.
         schedule: how the states travel, "chain" or "auto"; see `all_scan`. "ulysses" shares out the heads, no
             states travel, see `ulysses_attention`. Without `axis_name` it has no effect.
-        backend: "hopper" (kernels for H100 and H200), "xla" (chunkwise), "reference" (token by token), or None for the
-            best one that can serve; why another can't is logged at level INFO.
+        backend: "tpu", "hopper" (kernels for H100 and H200), "xla" (chunkwise), "reference" (token by token), or None
+            for the best one that can serve; why another can't is logged at level INFO.
         chunk_size: tokens per chunk, a power of two; None for the backend's choice.
 
     Returns:

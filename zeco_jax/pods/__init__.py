@@ -2,6 +2,7 @@
 
 from zeco_jax.pods.chips import Chip, chip_of
 from zeco_jax.pods.hlo import Collective, collectives_in, permuted_bytes
+from zeco_jax.pods.kernel_cycles import KernelSchedule, read_schedule, read_schedules
 from zeco_jax.pods.memory import Buffer, CompiledStep, MemoryUse, compile_step, memory_use
 from zeco_jax.pods.schedule import Overlap, Work, overlaps_in
 from zeco_jax.pods.slices import KNOWN_SLICES, Slice, open_slice
@@ -15,6 +16,7 @@ __all__ = [
     "Chip",
     "Collective",
     "CompiledStep",
+    "KernelSchedule",
     "MemoryUse",
     "Overlap",
     "Rates",
@@ -33,6 +35,8 @@ __all__ = [
     "open_slice",
     "overlaps_in",
     "permuted_bytes",
+    "read_schedule",
+    "read_schedules",
     "timeline",
     "traffic_in",
 ]

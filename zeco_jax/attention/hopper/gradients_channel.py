@@ -122,13 +122,8 @@ def gradients_channel(
             "shared_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="gradients_channel",
-        grid={
-            "batch": batch,
-            "head": heads,
-            "stretch": walk.stretches,
-            "key_tile": key_tiles,
-            "value_tile": value_tiles,
-        },
+        walk=walk,
+        state=(batch, heads, width, v.shape[-1]),
         interpret=interpret,
     )
     return tuple(gradients)

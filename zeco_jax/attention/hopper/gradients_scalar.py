@@ -102,13 +102,8 @@ def gradients_scalar(
             "leaving_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="gradients_scalar",
-        grid={
-            "batch": batch,
-            "head": heads,
-            "stretch": walk.stretches,
-            "key_tile": key_tiles,
-            "value_tile": value_tiles,
-        },
+        walk=walk,
+        state=(batch, heads, width, v.shape[-1]),
         interpret=interpret,
     )
 

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
+from zeco_jax.attention.hopper.walk import Walk
 from zeco_jax.varying import match_varying
 
 # Of the 65536 registers of a multiprocessor: 2 x 128 threads with 240, 128 with 24.
@@ -23,7 +24,8 @@ def launch(
     scratch: Mapping[str, Any],
     *,
     name: str,
-    grid: Mapping[str, int],
+    walk: Walk,
+    state: tuple[int, int, int, int],
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel.
@@ -35,13 +37,23 @@ def launch(
         outputs: what the kernel writes.
         scratch: shared memory and barriers.
         name: of the kernel.
-        grid: blocks of threads by the name of their axis; neighbours along the last one run side by side.
+        walk: the stretches; each is walked by a block of threads for each tile of the state.
+        state: the shape of the state, [B, H, K, V], K and V multiples of TILE.
         interpret: simulate the kernel.
 
     Returns:
         The outputs.
     """
     nothing, *inputs = match_varying([jnp.zeros(1, jnp.int32), *inputs])
+    batch, heads, key_width, value_width = state
+    # Blocks next to each other along the last axis run side by side: they read the same keys and gates.
+    grid = {
+        "batch": batch,
+        "head": heads,
+        "stretch": walk.stretches,
+        "key_tile": key_width // tile.TILE,
+        "value_tile": value_width // tile.TILE,
+    }
     scratch = dict(scratch)
     if interpret:
         scratch["staging"] = tile.bf16_tile(tile.COMPUTING, tile.CHUNK, tile.CHUNK)

@@ -82,13 +82,8 @@ def replay_channel(
             "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="replay_channel",
-        grid={
-            "batch": batch,
-            "head": heads,
-            "stretch": walk.stretches,
-            "key_tile": width // TILE,
-            "value_tile": v.shape[-1] // TILE,
-        },
+        walk=walk,
+        state=(batch, heads, width, v.shape[-1]),
         interpret=interpret,
     )
     return out

@@ -65,13 +65,8 @@ def replay_scalar(
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
         },
         name="replay_scalar",
-        grid={
-            "batch": batch,
-            "head": heads,
-            "stretch": walk.stretches,
-            "key_tile": width // TILE,
-            "value_tile": v.shape[-1] // TILE,
-        },
+        walk=walk,
+        state=(batch, heads, width, v.shape[-1]),
         interpret=interpret,
     )
     return out

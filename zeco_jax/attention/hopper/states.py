@@ -104,13 +104,8 @@ def _launch(
         outputs,
         scratch,
         name="chunk_states" if entering else "stretch_states",
-        grid={
-            "batch": batch,
-            "head": heads,
-            "stretch": walk.stretches,
-            "key_tile": width // TILE,
-            "value_tile": values.shape[-1] // TILE,
-        },
+        walk=walk,
+        state=(batch, heads, width, values.shape[-1]),
         interpret=interpret,
     )
 

@@ -84,13 +84,8 @@ def _launch(
         (output,),
         scratch,
         name="chunk_states_scalar" if is_traced else "stretch_states_scalar",
-        grid={
-            "batch": batch,
-            "head": heads,
-            "stretch": walk.stretches,
-            "key_tile": key_width // TILE,
-            "value_tile": value_width // TILE,
-        },
+        walk=walk,
+        state=(batch, heads, key_width, value_width),
         interpret=interpret,
     )
     return states

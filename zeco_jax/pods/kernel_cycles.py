@@ -17,6 +17,8 @@ _UTILIZATION_FILE = "{call}-*-final_hlo-static-per-bundle-utilization.txt"
 # A branch takes effect this many bundles later.
 _DELAY_SLOTS = 4
 _MATRIX_UNIT = "MATMUL"
+# Up to libtpu 0.0.50.
+_FORMER_NAMES = {"MXU": _MATRIX_UNIT}
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _read_bundles(text: str) -> list[tuple[re.Match[str], str]]:
 def _read_utilization(text: str) -> tuple[list[str], list[int], list[list[int]]]:
     """Units, slots of each, and slots in use in each bundle."""
     _, names, capacity, _, *rows = (line for line in text.splitlines() if line.strip())
-    units = [name.strip() for name in names.split(",")]
+    units = [_FORMER_NAMES.get(name.strip(), name.strip()) for name in names.split(",")]
     return units, [int(n) for n in capacity.split()], [[int(n) for n in row.split()] for row in rows]
 
 

@@ -54,8 +54,7 @@ from experiments.kernel_programs import (
     time_programs,
     worst,
 )
-from experiments.measuring import Timing
-from experiments.operators import milliseconds, spread
+from experiments.measuring import Timing, milliseconds, spread
 from experiments.results_files import write_results
 from zeco_jax.attention import BACKENDS
 

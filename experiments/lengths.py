@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = tyro.cli(LengthsConfig, prog="python -m experiments.lengths", description=__doc__, args=arguments)
         config.output.mkdir(parents=True, exist_ok=True)
         measurements = measure_all(config, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(table(config, measurements))

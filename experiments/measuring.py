@@ -41,6 +41,23 @@ class Timing:
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=False))
 
 
+def spread(timing: Timing) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    low, high = timing.quartiles
+    return low, timing.median, high
+
+
+def milliseconds(seconds: tuple[float, float, float]) -> str:
+    """Median, and quartiles in parentheses.
+
+    Example:
+        >>> milliseconds((0.001, 0.002, 0.0123456))
+        '2 (1-12.3)'
+    """
+    low, median, high = (1e3 * value for value in seconds)
+    return f"{median:.3g} ({low:.3g}-{high:.3g})"
+
+
 def seconds_of(run: Callable[[], object]) -> float:
     """One run, until its results are there."""
     start = time.perf_counter()

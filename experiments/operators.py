@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments.exposure import Exposure, measure_exposure
-from experiments.measuring import Timing, interleaved
+from experiments.measuring import Timing, interleaved, milliseconds, spread
 from experiments.results_files import write_results
 from zeco_jax import linear_attention
 from zeco_jax.attention import Call, Summary, attend, make_backend
@@ -270,12 +270,6 @@ def measure(config: OperatorsConfig, ranks: int, advance: Callable[[int], None])
             advance(2)
 
 
-def spread(timing: Timing) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
-    low, high = timing.quartiles
-    return low, timing.median, high
-
-
 def measure_all(config: OperatorsConfig, console: Console) -> list[Measurement]:
     """All numbers of ranks under a progress bar; each program counts when it is compiled and when it is measured."""
     if config.profile and jax.default_backend() != "gpu":
@@ -315,17 +309,6 @@ def table(config: OperatorsConfig, measurements: Sequence[Measurement]) -> Table
             cells += [f"{m.exposure.exposed_least * 1e3:.3f}-{m.exposure.exposed * 1e3:.3f}"]
         result.add_row(*cells)
     return result
-
-
-def milliseconds(seconds: tuple[float, float, float]) -> str:
-    """Median, and quartiles in parentheses.
-
-    Example:
-        >>> milliseconds((0.001, 0.002, 0.0123456))
-        '2 (1-12.3)'
-    """
-    low, median, high = (1e3 * value for value in seconds)
-    return f"{median:.3g} ({low:.3g}-{high:.3g})"
 
 
 def paper_table() -> Table:
@@ -411,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             jax.config.update("jax_num_cpu_devices", max(config.devices or (8,)))
         config.output.mkdir(parents=True, exist_ok=True)
         measurements = measure_all(config, console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console.print(table(config, measurements))

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments.measuring import Timing
+from experiments.measuring import Timing, spread
 from experiments.results_files import write_results
 from zeco_jax.models import ModelConfig
 from zeco_jax.pods import memory_use
@@ -180,8 +180,7 @@ def measure(run: TrainConfig, steps: int) -> Measurement:
             raise
         problem = str(error).splitlines()[0]
     else:
-        low, high = timing.quartiles
-        seconds = low, timing.median, high
+        seconds = spread(timing)
         rate = run.batch_size * run.sequence_length / timing.median
         utilization = model_flops_utilization(program.model, rate, devices=mesh.size, device_kind=device.device_kind)
     return Measurement(

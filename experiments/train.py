@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = parse(sys.argv[1:] if arguments is None else arguments)
         prepare_devices(run.devices)
         summary = train(run.training, console=console)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

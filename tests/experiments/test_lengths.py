@@ -26,6 +26,7 @@ def test_writes_table_record_and_figure(tmp_path, capsys):
         (["--lengths", "0", "64"], "lengths"),
         (["--repeats", "0"], "repeats"),
         (["--backend", "cuda", "--lengths", "32", "64"], "backend"),
+        (["--backend", "hopper", "--lengths", "32", "64"], "backend 'hopper' can't serve this call"),
     ],
 )
 def test_impossible_value_is_named(tmp_path, capsys, arguments, named):

@@ -34,6 +34,7 @@ def test_writes_tables_record_and_figure(tmp_path, capsys):
         (["--tokens-per-rank", "0"], "tokens_per_rank"),
         (["--seconds", "0"], "seconds"),
         (["--backend", "cuda", "--devices", "1"], "backend"),
+        (["--backend", "hopper", "--devices", "1"], "backend 'hopper' can't serve this call"),
         (["--strategies", "teleport"], "strategies"),
     ],
 )

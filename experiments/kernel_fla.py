@@ -1,9 +1,11 @@
 """FLA's kernels under the clock: the process that experiments.kernels starts for each of them, where there is no JAX.
 
     python -m experiments.kernel_fla JOB OPERATION FIRST
+    python -m experiments.kernel_fla JOB OPERATION CASE compile
 
 JOB is the file that experiments.kernel_peers writes. Records go to OPERATION.jsonl beside it, one JSON object a line,
-as soon as they are known: a process that dies loses one case, and is started again at the next, FIRST.
+as soon as they are known: a process that dies loses one case, and is started again at the next, FIRST. With `compile`
+nothing is measured: Triton's cache is filled for one CASE, by a process beside those of other cases.
 
 Triton's tuning is done again for every case, since FLA's keys leave out B and T and mostly K and V. The candidates are
 compiled in parallel; that leaves their times as they are. What was tuned for a case is then also what is checked.
@@ -52,8 +54,12 @@ class QuickTuning:
         self.threads = threads
         self.tuners: dict[int, Any] = {}
 
-    def install(self) -> None:
-        """Takes effect for all tuners of this process."""
+    def install(self, *, timed: bool = True) -> None:
+        """Takes effect for all tuners of this process.
+
+        Args:
+            timed: whether candidates are timed; otherwise any will do, once all are compiled.
+        """
         from triton.runtime.autotuner import Autotuner
         from triton.testing import do_bench
 
@@ -61,6 +67,8 @@ class QuickTuning:
         candidates_of = Autotuner.prune_configs
 
         def measure(call: Callable[[], None], quantiles: Any) -> Any:
+            if not timed:
+                return (1.0, 1.0, 1.0)
             return do_bench(call, warmup=warmup, rep=measured, quantiles=quantiles)
 
         def candidates(tuner: Autotuner, arguments: dict[str, Any]) -> list[Any]:
@@ -275,20 +283,31 @@ def measure(case: dict[str, Any], job: dict[str, Any], name: str, emit: Callable
         raise RuntimeError(f"no CUDA graph: {error}") from error
 
 
+def compile_case(case: dict[str, Any], name: str, directions: list[str]) -> None:
+    """Compiles all candidates for one case."""
+    for direction, call in calls(operation(name), random_inputs(case)).items():
+        if direction in directions:
+            unrefused(call)
+
+
 def main(arguments: list[str]) -> int:
-    """Measures all cases of a job from the given one on.
+    """Measures all cases of a job from the given one on, or compiles what one case needs.
 
     Args:
-        arguments: the job's file, FLA's operation, the number of the first case.
+        arguments: the job's file, FLA's operation, the number of the first case; and `compile`.
 
     Returns:
         Exit status: 0, or 3 where the device no longer answers and a new process has to go on.
     """
     job_path, name, first = Path(arguments[0]), arguments[1], int(arguments[2])
     job = json.loads(job_path.read_text())
+    tuning = QuickTuning(max(1, (os.cpu_count() or 1) - 1))
+    if "compile" in arguments:
+        tuning.install(timed=False)
+        compile_case(job["cases"][name][first], name, job["directions"])
+        return 0
     import torch
 
-    tuning = QuickTuning(max(1, (os.cpu_count() or 1) - 1))
     tuning.install()
     with job_path.with_name(f"{name}.jsonl").open("a") as records:
 

@@ -76,7 +76,7 @@ def measure_fla(
         directions: passes to time.
         folder: for the inputs and results that processes exchange.
         seconds: measuring time for each case and direction; tuning comes on top.
-        timeout: seconds after which an operation's processes are ended.
+        timeout: seconds after which an operation's processes are ended, and those that compile ahead.
         announce: is told which operation runs, and what its processes said if something is missing.
         command: starts a process.
 
@@ -102,6 +102,8 @@ def measure_fla(
     path = folder / "job.json"
     path.write_text(json.dumps(job))
     versions: dict[str, str] = {}
+    announce("FLA: kernels for every pair of widths, compiled beside each other")
+    compile_ahead(by_operation, path, timeout, command)
     for operation, its_cases in by_operation.items():
         announce(f"FLA: {operation}, tuned for each shape")
         run_operation(operation, len(its_cases), path, timeout, command)
@@ -135,6 +137,34 @@ def loaded(names: Sequence[tuple[str, str]]) -> list[Mapping[str, np.ndarray]]:
         with np.load(path) as arrays:
             results.append({name: arrays[name] for name in arrays.files})
     return results
+
+
+def compile_ahead(
+    by_operation: Mapping[str, Sequence[Case]], job: Path, timeout: float, command: Sequence[str]
+) -> None:
+    """Fills Triton's cache, one process for each operation and pair of widths, since threads alone share one lock.
+
+    A process that fails leaves the compiling, and the report of what is wrong, to the one that measures.
+    """
+    widths = {
+        (name, *case.shape[3:]): index for name, cases in by_operation.items() for index, case in enumerate(cases)
+    }
+    processes = [
+        subprocess.Popen(
+            [*command, str(job), name, str(index), "compile"],
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for (name, *_), index in widths.items()
+    ]
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def run_operation(operation: str, count: int, job: Path, timeout: float, command: Sequence[str]) -> None:

@@ -66,9 +66,9 @@ PAPER_MILLISECONDS = {
 """Ranks: all-gather and All-Scan on H100s (ZeCO, arXiv 2507.01004)."""
 PODS = (
     ("256 GPUs, 8 a node", GPU_NODES, (32, 8)),
-    ("TPU v5p:8x8x4", torus(ICI_V5P), (4, 8, 8)),
-    ("TPU v5e:16x16", torus(ICI_V5E), (16, 16)),
-    ("TPU v6e:16x16", torus(ICI_V6E), (16, 16)),
+    ("TPU v5p:8x8x4", torus(ICI_V5P), (4, 4, 4, 4)),
+    ("TPU v5e:16x16", torus(ICI_V5E), (4, 4, 4, 4)),
+    ("TPU v6e:16x16", torus(ICI_V6E), (4, 4, 4, 4)),
 )
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.plan --topology v5p:8x8x4 --model 1b --tokens 8M --strategy zeco
     python -m experiments.plan --topology v5p:2x2x1 --tokens 128K --compare
-    python -m experiments.plan --topology v6e:16x16 --max-tokens
+    python -m experiments.plan --topology v5e:2x4 --model 340m --max-tokens
     python -m experiments.plan --topology v5p:8x8x4 --scaling v5p:2x2x2 v5p:4x4x4 v5p:8x8x4
 
 Prints the memory of a device against what its chip has and what dominates it, the bytes that a rank sends by purpose,
@@ -34,6 +34,8 @@ from experiments.plan_tables import GIB, comparison, detail, parse_tokens, short
 COMPARED = ("zeco", "chain", "doubling", "gather", "transpose", "ulysses")
 # Lengths that --max-tokens tries are multiples of this on each device: whole chunks.
 TOKENS_STEP = 1024
+# The first of them, in steps: long enough that what grows with the tokens shows, and short enough to fit.
+FIRST_STEPS = 8
 # What the TPU compiler says of a program that doesn't fit.
 _ASKED_FOR = re.compile(r"\(([\d.]+)G\) exceeds available HBM")
 
@@ -71,7 +73,7 @@ class PlanConfig:
     scaling: tuple[str, ...] = ()
     """Slices with as many tokens on each device as the topology has, side by side."""
     max_tokens: bool = False
-    """Look for the longest sequence that fits, from `tokens` on."""
+    """Look for the longest sequence that fits, whatever `tokens` says."""
     options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Options of the compiler."""
     jobs: int = 1
@@ -159,6 +161,9 @@ class Planner:
 def search(planner: Planner, request: Request) -> dict[str, Any]:
     """The plan of the longest sequence that fits.
 
+    Memory grows by as much with each token, or nearly so: two lengths that are compiled tell where to look, and a few
+    more are compiled to see whether it is so.
+
     Raises:
         PlanError: a step that can't be planned for another reason than its memory, or none that fits.
     """
@@ -171,14 +176,13 @@ def search(planner: Planner, request: Request) -> dict[str, Any]:
         try:
             made[units] = planner.one(replace(request, tokens=units * unit))
         except PlanError as error:
-            size = _ASKED_FOR.search(str(error))
-            if size is None:
+            found = _ASKED_FOR.search(str(error))
+            if found is None:
                 raise
-            planner.console.print(f"{short_tokens(units * unit)} tokens: {error}", highlight=False)
-            asked[units] = int(float(size[1]) * GIB)
+            asked[units] = int(float(found[1]) * GIB)
         return units in made
 
-    start = max(1, request.tokens // unit)
+    start = FIRST_STEPS
     while not attempt(start):
         if start == 1:
             raise PlanError(f"tokens: not even {short_tokens(unit)} fit")
@@ -188,9 +192,21 @@ def search(planner: Planner, request: Request) -> dict[str, Any]:
     def memory_of(units: int) -> int:
         if units not in made and units not in asked:
             attempt(units)
-        return made[units]["memory"]["total"] if units in made else max(limit + 1, asked[units])
+        taken = made[units]["memory"]["total"] if units in made else max(limit + 1, asked[units])
+        fits = "fits" if taken <= limit else "doesn't fit"
+        planner.console.print(
+            f"{TOKENS_STEP * units:,} tokens on each device take {size(taken)} of {size(limit)}: {fits}",
+            highlight=False,
+        )
+        return taken
 
     tries = longest(memory_of, limit, start)
+    first, second = sorted(tries)[:2]
+    growth = (second.bytes - first.bytes) / (second.units - first.units) / TOKENS_STEP
+    planner.console.print(
+        f"{len(tries)} lengths looked at; between the shortest two memory grows by {size(growth)} a token on a device",
+        highlight=False,
+    )
     return made[max(tried.units for tried in tries if tried.bytes <= limit)]
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+# From the first length to the second, without a line that tells: far enough that small things don't bend it.
+_LEAP = 4
+
 
 class Tried(NamedTuple):
     """One length that was compiled.
@@ -56,7 +59,7 @@ def longest(memory_of: Callable[[int], int], limit: int, start: int, precision: 
         if guess == lower:
             guess += step
         if guess is None or not lower < guess < (upper or guess + 1):
-            guess = (lower + upper) // 2 if upper else 2 * lower
+            guess = (lower + upper) // 2 if upper else _LEAP * lower
         units = guess
 
 

@@ -66,6 +66,8 @@ class ThroughputConfig:
     """As in zeco_jax.linear_attention."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of storing its activations."""
+    remat_saves: Literal["attention", "products"] = "attention"
+    """What is stored nevertheless: the outputs of attention, or the results of all matrix products."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Type that the model computes in; None: bfloat16, on CPUs float32."""
     steps: int = 5
@@ -130,6 +132,7 @@ def runs(config: ThroughputConfig) -> list[TrainConfig]:
             sequence_length=length,
             precision=config.precision or ("float32" if small else "bfloat16"),
             remat=config.remat,
+            remat_saves=config.remat_saves,
         )
         for length in sorted(set(lengths))
     ]
@@ -182,7 +185,13 @@ def measure(run: TrainConfig, steps: int) -> Measurement:
     else:
         seconds = spread(timing)
         rate = run.batch_size * run.sequence_length / timing.median
-        utilization = model_flops_utilization(program.model, rate, devices=mesh.size, device_kind=device.device_kind)
+        utilization = model_flops_utilization(
+            program.model,
+            rate,
+            devices=mesh.size,
+            device_kind=device.device_kind,
+            sequence_length=run.sequence_length,
+        )
     return Measurement(
         length=run.sequence_length,
         batch=run.batch_size,
@@ -207,8 +216,8 @@ def table(config: ThroughputConfig, measurements: Sequence[Measurement]) -> Tabl
     """One row per length."""
     run = runs(config)[0]
     devices = f"{config.seq} x {jax.devices()[0].device_kind}"
-    remat = "with" if config.remat else "without"
-    result = Table(title=f"Training {run.model} in {run.precision} {remat} rematerialisation on {devices}")
+    remat = f"rematerialisation that saves {config.remat_saves}" if config.remat else "no rematerialisation"
+    result = Table(title=f"Training {run.model} in {run.precision} with {remat} on {devices}")
     # Two lines each, so that the table fits 80 columns.
     headings = ["tokens x\nsequences", "step, ms\n(quartiles)", "tokens/s", "MFU", "compiled,\nGiB", "peak,\nGiB"]
     if config.seq > 1:
@@ -233,13 +242,13 @@ def table(config: ThroughputConfig, measurements: Sequence[Measurement]) -> Tabl
 def record(config: ThroughputConfig, measurements: Sequence[Measurement]) -> dict[str, object]:
     """What throughput.json holds."""
     run = runs(config)[0]
-    chosen = {name: getattr(run, name) for name in ("model", "precision", "remat")}
+    chosen = {name: getattr(run, name) for name in ("model", "precision", "remat", "remat_saves")}
     device = jax.devices()[0]
     return {
         "config": chosen | {name: getattr(config, name) for name in ("seq", "backend", "steps")},
         "device": {"kind": device.device_kind, "platform": device.platform, "cpu_cores": os.cpu_count()},
         "jax": jax.__version__,
-        "model_flops_per_token": model_flops_per_token(model_config(run)),
+        "model_flops_per_token": model_flops_per_token(model_config(run), run.sequence_length),
         "quartiles": "seconds of a step: first quartile, median, third quartile",
         "measurements": [asdict(measurement) for measurement in measurements],
     }

@@ -4,6 +4,8 @@
     python -m experiments.train --data DIRECTORY --steps 1000     on your own text
     python -m experiments.train --config 340m-gpu                 340m parameters in bfloat16 on one GPU
     python -m experiments.train --config 1b-gpu                   1b parameters on one GPU of 80 GB
+    python -m experiments.train --chunk-tokens 256                with the memory of one chunk: SeCO
+    python -m experiments.train --chunk-tokens 64 --backprop-chunks 4    backward through 4 drawn chunks: SpaCO
 
 The same command again goes on where the last one was stopped. Several processes (one per host, say) each get the same
 command and --coordinator HOST:PORT --num-processes N --process-id I; all must see the output directory.

@@ -63,6 +63,7 @@ def _gpu_1b() -> RunConfig:
             sequence_length=32768,
             precision="bfloat16",
             remat=True,
+            mlp_block_tokens="auto",
             output=Path("runs/1b"),
         ),
     )

@@ -169,7 +169,8 @@ def test_generations_are_those_of_pallas(kind):
         "TPU7x": versions.TPU_7X,
     }[kind]
     information = pltpu.get_tpu_info_for_chip(version, 1)
-    assert GENERATIONS[kind] == (information.vmem_capacity_bytes, information.mxu_column_size)
+    cores = 2 if version.supports_megacore else 1
+    assert GENERATIONS[kind] == (information.vmem_capacity_bytes, information.mxu_column_size, cores)
 
 
 def test_unknown_generation():
@@ -192,6 +193,11 @@ def test_takes_as_many_heads_as_fit(vmem_mib, heads):
 @pytest.mark.parametrize(("heads", "per_step"), [(16, 8), (12, 6), (7, 7), (5, 5), (11, 1)])
 def test_heads_per_step_divide_the_heads(heads, per_step):
     assert tiling_of(heads=heads, generation=Generation(2**27, 128)).heads_per_step == per_step
+
+
+@pytest.mark.parametrize(("heads", "per_step"), [(16, 8), (8, 4), (4, 2), (3, 3), (1, 1)])
+def test_two_cores_share_the_heads_where_they_can(heads, per_step):
+    assert tiling_of(heads=heads, generation=Generation(2**27, 128, cores=2)).heads_per_step == per_step
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from zeco_jax.collectives.cost import (
     choose_hierarchical,
     cost_of,
     hierarchical_cost,
+    levels_of,
 )
 from zeco_jax.collectives.links import (
     GPU_NODES,
@@ -123,6 +124,23 @@ def test_256_ranks_in_a_quarter_of_the_papers_time(network, sizes):
     choice = choose(STATE_2MIB, sizes, network)
     assert choice.schedule == "hierarchical"
     assert choice.cost.seconds <= 0.55e-3
+
+
+@pytest.mark.parametrize("link", [ICI_V5P, ICI_V5E], ids=lambda link: link.name)
+def test_one_axis_over_256_chips_is_taken_in_levels(link):
+    choice = choose(STATE_2MIB, levels_of(256, link), torus(link))
+    assert choice.schedule == "hierarchical"
+    flat = [cost_of(name, STATE_2MIB, 256, link, blocks=32).seconds for name in FLAT_SCHEDULES]
+    assert choice.cost.seconds < min(flat) / 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes"),
+    [(1, (1,)), (6, (6,)), (7, (7,)), (8, (2, 4)), (10, (2, 5)), (14, (7, 2)), (512, (2, 4, 4, 4, 4))],
+)
+def test_levels_are_small_on_a_torus(ranks, sizes):
+    assert levels_of(ranks, ICI_V5P) == sizes
+    assert levels_of(ranks, NVLINK) == levels_of(ranks, HOST_CPU) == (ranks,)
 
 
 def test_a_chain_of_256_gpus_loses():

@@ -11,6 +11,7 @@ import zeco_jax
 from tests import agreement, oracle
 from tests.collectives.exchanges import FLAT, MESHES, all_scan_over, make, mesh_id
 from tests.meshes import per_rank
+from zeco_jax.collectives import cost
 from zeco_jax.collectives.links import ICI_V5E, NETWORK_VARIABLE, torus
 from zeco_jax.collectives.transpose import all_to_all_by_permutes
 
@@ -43,6 +44,14 @@ def test_transpose_on_a_ring_agrees_with_the_oracle(tmp_path, monkeypatch):
     monkeypatch.setenv(NETWORK_VARIABLE, str(tmp_path / "ring.json"))
     assert_agrees_with_oracle((5,), schedule="transpose")
     assert_agrees_with_oracle((2, 4), schedule="hierarchical")
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(8, 3), (8, 1), (6, 2)], ids=["2x4", "2x2x2", "2x3"])
+def test_one_axis_of_a_torus_in_levels(tmp_path, monkeypatch, ranks, most):
+    torus(ICI_V5E).save(tmp_path / "torus.json")
+    monkeypatch.setenv(NETWORK_VARIABLE, str(tmp_path / "torus.json"))
+    monkeypatch.setattr(cost, "MOST_UNDER_WAY", most)
+    assert_agrees_with_oracle((ranks,), schedule="hierarchical")
 
 
 def assert_agrees_with_oracle(sizes: tuple[int, ...], *, check_vma: bool = True, **options):

@@ -25,7 +25,7 @@ def test_writes_table_record_and_figure(tmp_path, capsys):
     # A CPU has no known peak.
     assert row["model_flops_utilization"] is None
     assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
-    assert "Training tiny in float32 without rematerialisation on 2 x cpu" in capsys.readouterr().out
+    assert "Training tiny in float32 with no rematerialisation on 2 x cpu" in capsys.readouterr().out
 
 
 def test_every_length_gets_about_as_many_tokens_from_the_shortest():

@@ -87,6 +87,19 @@ def test_sharded_stretches_equal_the_whole():
     assert_agrees("history", history, x[:, -(WIDTH - 1) :])
 
 
+@pytest.mark.parametrize("tokens", [8, 16, 24], ids="{}-tokens".format)
+@pytest.mark.parametrize("shape", [None, (1, 8)], ids=["one-device", "1x8"])
+def test_history_keeps_the_last_document_only(shape, tokens):
+    x = random(2, 40, 3)[:, :tokens]
+    layer = ShortConvolution(3, WIDTH, sharding=shape and make_sharding(shape), rngs=nnx.Rngs(0))
+    _, history = layer.prefill(x, jnp.ones((2, WIDTH - 1, 3)), SEGMENT_IDS[:, :tokens])
+    for row, ids in enumerate(SEGMENT_IDS[:, :tokens]):
+        borders = np.flatnonzero(np.diff(ids)) + 1
+        first = borders[-1] if len(borders) else 0
+        kept = np.asarray(x[row, max(first, tokens - WIDTH + 1) :])
+        np.testing.assert_array_equal(history[row], np.pad(kept, ((WIDTH - 1 - len(kept), 0), (0, 0))))
+
+
 def test_computes_in_its_dtype_and_sums_in_float32():
     x = random(2, 40, 3)
     layer = ShortConvolution(3, WIDTH, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -111,6 +124,8 @@ def test_refuses(options, message):
         ShortConvolution(3, rngs=nnx.Rngs(0), **options)
 
 
-def test_refuses_history_of_packed_documents():
-    with pytest.raises(ValueError, match="segment_ids and history"):
-        causal_convolution(random(2, 40, 3), random(4, 3), segment_ids=SEGMENT_IDS, history=random(2, 3, 3))
+def test_history_belongs_to_the_first_document():
+    x, kernel, history = random(2, 40, 3), random(WIDTH, 3), random(2, WIDTH - 1, 3)
+    ids = np.pad(SEGMENT_IDS, ((0, 0), (WIDTH - 1, 0)), mode="edge")
+    want = formula(jnp.concatenate([history, x], axis=1), kernel, ids)[:, WIDTH - 1 :]
+    assert_agrees("y", causal_convolution(x, kernel, segment_ids=SEGMENT_IDS, history=history), want)

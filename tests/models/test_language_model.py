@@ -90,9 +90,12 @@ def test_remat_keeps_less():
     assert kept_bytes(remat=True) < 0.6 * kept_bytes(remat=False)
 
 
-def test_remat_exchanges_no_state_again():
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_remat_exchanges_nothing_again(kind):
     def exchanges(remat):
-        definition, parameters = nnx.split(make(make_sharding((1, 8)), remat=remat, conv_width=0))
+        definition, parameters = nnx.split(
+            make(make_sharding((1, 8)), remat=remat, conv_width=0, layer_pattern=(kind,))
+        )
         loss = jax.jit(jax.grad(lambda parameters: nnx.merge(definition, parameters)(TOKENS).sum()))
         compiled = loss.lower(parameters).compile().as_text()
         return sum(collective.kind != "all-reduce" for collective in collectives_in(compiled))

@@ -73,6 +73,15 @@ def test_too_little_text_is_named(corpus, split):
         make()
 
 
+def test_chunks_keep_the_order_of_tokens_rank_after_rank(corpus):
+    batch = training_batches(corpus, batch_size=2, sequence_length=24, seed=0)[0]
+    placed = place(batch, make_mesh(MeshConfig(seq=4)), chunk_tokens=8)
+    for shard in placed.inputs.addressable_shards:
+        part = slice(2 * shard.device.id, 2 * shard.device.id + 2)
+        expected = [[row[8 * chunk :][part] for row in batch.inputs] for chunk in range(3)]
+        np.testing.assert_array_equal(shard.data, expected)
+
+
 def test_a_batch_is_cut_along_both_axes(corpus):
     batch = training_batches(corpus, batch_size=4, sequence_length=8, seed=0)[0]
     placed = place(batch, make_mesh(MeshConfig(data=2, seq=4)))

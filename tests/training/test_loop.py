@@ -2,6 +2,7 @@ import dataclasses
 import io
 import warnings
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -39,6 +40,14 @@ def test_a_run_leaves_its_reports(finished):
     assert summary.tokens_per_second > 0
     # No figure rather than a wrong one: the peak of a CPU isn't known.
     assert summary.model_flops_utilization is None
+
+
+def test_chunks_train_as_whole_sequences_do(tmp_path, finished):
+    chunks = dataclasses.replace(finished, chunk_tokens=16, mlp_block_tokens=3, output=tmp_path / "run")
+    run(chunks)
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        got, want = ([record["loss"] for record in read_metrics(c.output / name)] for c in (chunks, finished))
+        np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 def test_a_finished_run_is_only_reported(finished):

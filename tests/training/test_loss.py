@@ -77,6 +77,20 @@ def test_blocks_hold_few_logits_and_one_sum_over_the_ranks():
     assert {record.runs for record in sums} == {1}
 
 
+def test_all_logits_of_a_long_sequence_never_exist():
+    tokens, width, vocabulary = 32 * 1024, 1024, 128 * 1024
+    shapes = [((1, tokens, width), jnp.bfloat16), ((width, vocabulary), jnp.float32)]
+    hidden, kernel = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    targets, mask = (jax.ShapeDtypeStruct((1, tokens), dtype) for dtype in (jnp.int32, bool))
+
+    def mean(hidden, kernel, targets, mask):
+        return cross_entropy_of_hidden(hidden, kernel, targets, mask).mean
+
+    compiled = jax.jit(jax.grad(mean, argnums=(0, 1))).lower(hidden, kernel, targets, mask).compile()
+    # All logits would take 16 GiB; the kernel in bfloat16 and its gradient take 768 MiB of what is left.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 << 30
+
+
 def test_impossible_block_is_named():
     with pytest.raises(ValueError, match=r"block_tokens.*got 0"):
         cross_entropy_of_hidden(*make(1, 4), block_tokens=0)

@@ -1,8 +1,9 @@
 """Backends by name, and which one serves a call that names none."""
 
-import logging
+from functools import partial
 
 from zeco_jax.attention.backend import Backend, Call
+from zeco_jax.attention.choice import first_that_serves
 from zeco_jax.attention.hopper import HopperBackend
 from zeco_jax.attention.reference import ReferenceBackend
 from zeco_jax.attention.tpu import TpuBackend
@@ -16,8 +17,6 @@ BACKENDS: dict[str, type[Backend]] = {
     "reference": ReferenceBackend,
 }
 
-_log = logging.getLogger(__name__)
-
 
 def make_backend(name: str | None, call: Call, *, scale: float = 1.0, chunk_size: int | None = None) -> Backend:
     """The backend called `name`, or the best one that can serve the call for None.
@@ -29,19 +28,5 @@ def make_backend(name: str | None, call: Call, *, scale: float = 1.0, chunk_size
         NotImplementedError: if the backend of that name can't serve the call; its message says why.
         ExceptionGroup: if none can, of each one's reason.
     """
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected None or one of {', '.join(map(repr, BACKENDS))}")
-    reasons = []
-    for candidate in BACKENDS if name is None else [name]:
-        backend = BACKENDS[candidate](scale=scale, chunk_size=chunk_size)
-        try:
-            backend.check(call)
-        except NotImplementedError as reason:
-            reason = NotImplementedError(f"backend {candidate!r} can't serve this call: {reason}")
-            if name is not None:
-                raise reason from None
-            _log.info("%s", reason)
-            reasons.append(reason)
-        else:
-            return backend
-    raise ExceptionGroup("no backend can serve this call", reasons)
+    makers = {key: partial(kind, scale=scale, chunk_size=chunk_size) for key, kind in BACKENDS.items()}
+    return first_that_serves(name, makers, lambda backend: backend.check(call))

@@ -7,7 +7,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_index, axis_names, axis_size, axis_tuple
+from zeco_jax.collectives.axis import (
+    Axis,
+    AxisName,
+    AxisPart,
+    axis_index,
+    axis_names,
+    axis_size,
+    axis_tuple,
+    split_axis,
+)
 from zeco_jax.collectives.chain import chain_of_rows
 from zeco_jax.collectives.cost import (
     Choice,
@@ -15,6 +24,7 @@ from zeco_jax.collectives.cost import (
     chain_blocks,
     choose,
     choose_hierarchical,
+    levels_of,
 )
 from zeco_jax.collectives.doubling import doubling_scan
 from zeco_jax.collectives.gather import gather_scan
@@ -74,9 +84,9 @@ def all_scan(
         schedule: "chain" passes the state from rank to rank in blocks, one state on each link (ZeCO); "doubling" is a
             scan in logarithmically many rounds; "gather" one all-gather of everybody's summary (LASP-2); "transpose"
             two all-to-alls with a local scan between them; "serial" the chain in one block (LASP-1); "hierarchical"
-            takes the axes of a tuple level by level; "remote_dma" is the chain as one Pallas kernel for TPUs, which the
-            compiler has seen but no TPU has run; "auto" chooses among the others by the cost model, see
-            `zeco_jax.collectives.cost`.
+            takes the axes of a tuple, or small groups of a single axis of TPUs, level by level;
+            "remote_dma" is the chain as one Pallas kernel for TPUs, which the compiler has seen but no TPU has run;
+            "auto" chooses among the others by the cost model, see `zeco_jax.collectives.cost`.
         blocks: number of pipeline blocks of the chain, which "auto" then takes; None chooses from hop latency and
             bandwidth.
         reverse: scan from the last rank to the first.
@@ -150,7 +160,7 @@ def _scan_rows(own: AffineMap, initial: jax.Array, options: AllScanOptions) -> j
     # The first rank's map takes the initial state in, so that nobody else needs it.
     own = AffineMap(own.decay, jnp.where(first, own(initial), own.state))
 
-    def scan(schedule: str, own: AffineMap, axis_name: AxisName) -> jax.Array:
+    def scan(schedule: str, own: AffineMap, axis_name: Axis) -> jax.Array:
         if schedule == "chain":
             zero = jnp.zeros_like(own.state)
             return chain_of_rows(own, zero, axis_name, blocks=choice.blocks, reverse=reverse)
@@ -158,15 +168,22 @@ def _scan_rows(own: AffineMap, initial: jax.Array, options: AllScanOptions) -> j
         return scans[schedule](own, axis_name, reverse=reverse)
 
     if choice.schedule == "hierarchical":
-        entering = hierarchical_scan(own, axis_tuple(axis_name), partial(scan, choice.slowest), reverse=reverse)
+        entering = hierarchical_scan(own, _levels(axis_name), partial(scan, choice.slowest), reverse=reverse)
     else:
         entering = scan(choice.schedule, own, axis_name)
     return jnp.where(first, initial, entering)
 
 
+def _levels(axis_name: AxisName) -> tuple[str | AxisPart, ...]:
+    """What a hierarchical scan takes one after the other: the mesh axes, or parts of a single one, slowest first."""
+    axes = axis_tuple(axis_name)
+    sizes = levels_of(axis_size(axes[0]), network_in_scope().inside)
+    return split_axis(axes[0], sizes) if len(axes) == 1 and len(sizes) > 1 else axes
+
+
 def _choose(own: AffineMap, options: AllScanOptions) -> Choice:
     """Schedule and blocks, where the options leave them open."""
-    sizes = [axis_size(name) for name in axis_tuple(options.axis_name)]
+    sizes = [axis_size(axis) for axis in _levels(options.axis_name)]
     payload = Payload(*own.state.shape, own.state.dtype.itemsize)
     network = network_in_scope()
     if options.schedule == "serial":

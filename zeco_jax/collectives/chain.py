@@ -5,12 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_size
+from zeco_jax.collectives.axis import Axis, axis_size, permute
 from zeco_jax.collectives.maps import AffineMap, position_along, shift_pairs
 
 
 def chain_scan(
-    apply: Callable[[jax.Array, jax.Array], jax.Array], entering: jax.Array, axis_name: AxisName, *, reverse: bool
+    apply: Callable[[jax.Array, jax.Array], jax.Array], entering: jax.Array, axis_name: Axis, *, reverse: bool
 ) -> jax.Array:
     """Exclusive scan of any maps of states: at step s the rank at place p sends block s - p, updated, to place p + 1.
 
@@ -20,7 +20,7 @@ def chain_scan(
     Args:
         apply: `(block of the entering state, its index) -> block of the leaving state`.
         entering: [blocks, ...], what enters the first place; zeros on all other ranks.
-        axis_name: mesh axis or tuple of axes.
+        axis_name: mesh axis, tuple of axes or part of an axis.
         reverse: pass the states from the last rank to the first.
 
     Returns:
@@ -35,19 +35,19 @@ def chain_scan(
         leaving = apply(jax.lax.dynamic_index_in_dim(entering, sent, keepdims=False), sent)
         # Only places that hold a finished block send; nobody ships filler.
         active = [link for place, link in enumerate(links) if 0 <= step - place < blocks]
-        arrived = jax.lax.ppermute(leaving, axis_name, active)
+        arrived = permute(leaving, axis_name, active)
         # Ranks that nobody sends to in this step get zeros, which add nothing wherever they land.
         entering = entering.at[jnp.clip(step - position + 1, 0, blocks - 1)].add(arrived)
     return entering
 
 
-def chain_of_rows(own: AffineMap, initial: jax.Array, axis_name: AxisName, *, blocks: int, reverse: bool) -> jax.Array:
+def chain_of_rows(own: AffineMap, initial: jax.Array, axis_name: Axis, *, blocks: int, reverse: bool) -> jax.Array:
     """The chain for maps whose rows don't mix, cut along the rows.
 
     Args:
         own: this rank's map.
         initial: [R, V], what enters the first rank; other ranks' values are ignored.
-        axis_name: mesh axis or tuple of axes.
+        axis_name: mesh axis, tuple of axes or part of an axis.
         blocks: number of blocks, at most R (more are cut down to R).
         reverse: pass the states from the last rank to the first.
 

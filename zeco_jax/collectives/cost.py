@@ -19,6 +19,9 @@ TIE = 1.03
 
 MOST_BLOCKS = 64
 
+# Permutes that the TPU compiler lets be on their way at once.
+MOST_UNDER_WAY = 5
+
 
 class Payload(NamedTuple):
     """What a scan moves.
@@ -79,6 +82,24 @@ class Choice(NamedTuple):
     blocks: int
     slowest: str
     cost: Cost | None = None
+
+
+def levels_of(ranks: int, link: Link) -> tuple[int, ...]:
+    """Sizes of the groups into which a hierarchical scan cuts the ranks of a single axis, slowest first.
+
+    On a torus, groups of so few ranks that all permutes of a group's all-to-all are under way at once; neighbours in an
+    axis are near each other there, whatever its sides. Elsewhere the ranks stay together.
+
+    Example:
+        >>> from zeco_jax.collectives.cost import levels_of
+        >>> from zeco_jax.collectives.links import ICI_V5P, NVLINK
+        >>> levels_of(256, ICI_V5P), levels_of(24, ICI_V5P), levels_of(7, ICI_V5P), levels_of(8, NVLINK)
+        ((4, 4, 4, 4), (4, 6), (7,), (8,))
+    """
+    fitting = [size for size in range(2, MOST_UNDER_WAY + 2) if ranks % size == 0 and size < ranks]
+    if not link.ring or ranks <= MOST_UNDER_WAY + 1 or not fitting:
+        return (ranks,)
+    return (*levels_of(ranks // fitting[-1], link), fitting[-1])
 
 
 def chain_blocks(payload: Payload, ranks: int, link: Link) -> int:
@@ -145,7 +166,8 @@ def transpose_cost(payload: Payload, ranks: int, link: Link) -> Cost:
     # On a ring the ways to all others add up to P^2 / 4 links, and a rank has two.
     copies = max(ranks**2 // 4 / 2, 1) if link.ring else ranks - 1
     wire = copies * (share.map_bytes + share.state_bytes) / (link.all_to_all_bandwidth or link.bandwidth)
-    latency = 2 * (link.all_to_all_latency + _hops_of_all(ranks, link) + link.step_latency)
+    turns = -(-(ranks - 1) // MOST_UNDER_WAY) if link.ring else 1
+    latency = 2 * (turns * (link.all_to_all_latency + _hops_of_all(ranks, link)) + link.step_latency)
     # Packed and unpacked on either side.
     local = 4 * (payload.map_bytes + payload.state_bytes) / link.memory_bandwidth
     local += link.spill(payload.map_bytes) + link.spill(payload.state_bytes)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_size
+from zeco_jax.collectives.axis import Axis, axis_size, permute
 from zeco_jax.collectives.maps import AffineMap, position_along, shift_pairs
 
 
@@ -30,12 +30,12 @@ def doubling_distances(ranks: int) -> list[int]:
     return distances
 
 
-def doubling_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.Array:
+def doubling_scan(own: AffineMap, axis_name: Axis, *, reverse: bool) -> jax.Array:
     """The state that enters this rank when zero enters the first.
 
     Args:
         own: this rank's map.
-        axis_name: mesh axis or tuple of axes.
+        axis_name: mesh axis, tuple of axes or part of an axis.
         reverse: compose from the last rank to the first.
 
     Returns:
@@ -51,8 +51,8 @@ def doubling_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.
         pairs = shift_pairs(ranks, distance, reverse=reverse)
         if round_number == len(distances) - 1:
             # Nothing is composed any more: the decays stay at home.
-            return before(jax.lax.ppermute(known.state, axis_name, pairs))
-        heard = AffineMap.unpack(jax.lax.ppermute(known.pack(), axis_name, pairs), own.decay.size)
+            return before(permute(known.state, axis_name, pairs))
+        heard = AffineMap.unpack(permute(known.pack(), axis_name, pairs), own.decay.size)
         # A rank without a source has nothing further before it: the identity. The state is 0 already.
         before = AffineMap(jnp.where(position >= distance, heard.decay, 1), heard.state).then(before)
     return before.state

@@ -1,15 +1,23 @@
-"""Scans over several mesh axes, level by level: rows are shared out inside, scanned across, and brought back."""
+"""Scans over several mesh axes, or the parts of one, level by level.
+
+Rows are shared out inside, scanned across, and brought back.
+"""
 
 from collections.abc import Callable
 
 import jax
 
+from zeco_jax.collectives.axis import AxisPart
 from zeco_jax.collectives.maps import AffineMap
 from zeco_jax.collectives.transpose import collect_rows, compose_shares, scan_shares, spread_rows
 
 
 def hierarchical_scan(
-    own: AffineMap, axes: tuple[str, ...], scan_slowest: Callable[[AffineMap, str], jax.Array], *, reverse: bool
+    own: AffineMap,
+    axes: tuple[str | AxisPart, ...],
+    scan_slowest: Callable[[AffineMap, str | AxisPart], jax.Array],
+    *,
+    reverse: bool,
 ) -> jax.Array:
     """The state that enters this rank when zero enters the first, ranks counted with the last axis fastest.
 
@@ -20,7 +28,7 @@ def hierarchical_scan(
 
     Args:
         own: this rank's map.
-        axes: mesh axes, slowest first.
+        axes: mesh axes or parts of one, slowest first.
         scan_slowest: `(map, axis) -> entering state`, the schedule of the slowest axis.
         reverse: scan from the last rank to the first.
 

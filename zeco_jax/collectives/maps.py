@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_index, axis_size
+from zeco_jax.collectives.axis import Axis, axis_index, axis_size
 
 # Ranks that a local scan visits in one go: on a GPU each turn of a loop costs tens of microseconds.
 UNROLL = 16
@@ -46,7 +46,7 @@ class AffineMap(NamedTuple):
         return AffineMap(jnp.ones_like(self.decay), jnp.zeros_like(self.state))
 
 
-def position_along(axis_name: AxisName, *, reverse: bool) -> jax.Array:
+def position_along(axis_name: Axis, *, reverse: bool) -> jax.Array:
     """This rank's place in the scan: 0 where it begins, in either direction."""
     return axis_size(axis_name) - 1 - axis_index(axis_name) if reverse else axis_index(axis_name)
 

@@ -9,17 +9,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.collectives.axis import AxisName, axis_index, axis_size
+from zeco_jax.collectives.axis import Axis, axis_index, axis_size, permute
 from zeco_jax.collectives.links import network_in_scope
 from zeco_jax.collectives.maps import UNROLL, AffineMap
 
 
-def transpose_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax.Array:
+def transpose_scan(own: AffineMap, axis_name: Axis, *, reverse: bool) -> jax.Array:
     """The state that enters this rank when zero enters the first.
 
     Args:
         own: this rank's map.
-        axis_name: mesh axis or tuple of axes.
+        axis_name: mesh axis, tuple of axes or part of an axis.
         reverse: scan from the last rank to the first.
 
     Returns:
@@ -30,7 +30,7 @@ def transpose_scan(own: AffineMap, axis_name: AxisName, *, reverse: bool) -> jax
     return collect_rows(entering, own.state.shape[0], axis_name)
 
 
-def spread_rows(own: AffineMap, axis_name: AxisName) -> AffineMap:
+def spread_rows(own: AffineMap, axis_name: Axis) -> AffineMap:
     """Gives each rank its share of the rows of every rank's map: [P, R / P] and [P, R / P, V], in rank order.
 
     R is filled up with rows of zeros to a multiple of P.
@@ -40,7 +40,7 @@ def spread_rows(own: AffineMap, axis_name: AxisName) -> AffineMap:
     return AffineMap.unpack(_all_to_all(shares.pack(), axis_name), shares.decay.shape[-1])
 
 
-def collect_rows(entering: jax.Array, rows: int, axis_name: AxisName) -> jax.Array:
+def collect_rows(entering: jax.Array, rows: int, axis_name: Axis) -> jax.Array:
     """The way back: from this rank's share of every rank's rows, [P, R / P, V], to all of its own, [rows, V]."""
     collected = _all_to_all(entering, axis_name)
     return collected.reshape(-1, *collected.shape[2:])[:rows]
@@ -66,13 +66,13 @@ def _cut(x: jax.Array, ranks: int) -> jax.Array:
     return padded.reshape(ranks, share, *x.shape[1:])
 
 
-def _all_to_all(x: jax.Array, axis_name: AxisName) -> jax.Array:
+def _all_to_all(x: jax.Array, axis_name: Axis) -> jax.Array:
     if network_in_scope().inside.ring:
         return all_to_all_by_permutes(x, axis_name)
     return jax.lax.all_to_all(x, axis_name, split_axis=0, concat_axis=0)
 
 
-def all_to_all_by_permutes(x: jax.Array, axis_name: AxisName) -> jax.Array:
+def all_to_all_by_permutes(x: jax.Array, axis_name: Axis) -> jax.Array:
     """Sends row j of x [P, ...] to rank j, as P - 1 permutes that are all under way at once.
 
     XLA for TPUs waits for an all-to-all, unless a flag of the whole program says otherwise, but for no permute.
@@ -84,5 +84,5 @@ def all_to_all_by_permutes(x: jax.Array, axis_name: AxisName) -> jax.Array:
     arrived = [sent[0]]
     for distance in range(1, ranks):
         pairs = [(source, (source + distance) % ranks) for source in range(ranks)]
-        arrived.append(jax.lax.ppermute(sent[distance], axis_name, pairs))
+        arrived.append(permute(sent[distance], axis_name, pairs))
     return jnp.take(jnp.stack(arrived), (rank - distances) % ranks, axis=0)

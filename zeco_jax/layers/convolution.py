@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from zeco_jax.collectives import AxisName, axis_index, axis_size, halo
+from zeco_jax.layers.checks import check_one_way
 from zeco_jax.layers.initializers import default_filter_init
 from zeco_jax.layers.placement import divides
 from zeco_jax.parallel import SequenceSharding
@@ -32,14 +33,11 @@ def causal_convolution(
         x: [B, T, D] floats; inside `jax.shard_map` the rank's own tokens.
         kernel: [W, D] floats; `kernel[W - 1]` weighs the token itself.
         segment_ids: [B, T] integers; a change of id is a border that the filter doesn't reach across.
-        history: [B, W - 1, D] the tokens before the first one; zeros if not given.
+        history: [B, W - 1, D] the tokens before the first one, of the first one's document; zeros if not given.
         axis_name: inside `jax.shard_map`, the mesh axis (or axes) along which T is sharded.
 
     Returns:
         [B, T, D] in the dtype of `x`.
-
-    Raises:
-        ValueError: `segment_ids` and `history` are both given: nobody knows the document that the history belongs to.
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,8 +46,6 @@ def causal_convolution(
         >>> causal_convolution(x, jnp.array([[10.0], [1.0]]))[0, :, 0].tolist()
         [1.0, 12.0, 23.0, 34.0]
     """
-    if segment_ids is not None and history is not None:
-        raise ValueError("segment_ids and history can't be given together: start packed documents from an empty cache")
     reach = kernel.shape[0] - 1
     tokens = x.shape[1]
     extended = jnp.concatenate([preceding(x, reach, history, axis_name), x], axis=1).astype(jnp.float32)
@@ -78,11 +74,19 @@ def preceding(
     return neighbours + jax.lax.dynamic_slice_in_dim(padded, start, width, axis=1).astype(x.dtype)
 
 
-def following_history(x: jax.Array, history: jax.Array, axis_name: AxisName | None = None) -> jax.Array:
-    """The last tokens of `history` and `x` together, on every rank: the history of the next stretch."""
+def following_history(
+    x: jax.Array, history: jax.Array, segment_ids: jax.Array | None = None, axis_name: AxisName | None = None
+) -> jax.Array:
+    """The last tokens of `history` and `x` together, on every rank: the history of the next stretch.
+
+    Only tokens of the last one's document are kept; the others are zero.
+    """
     width = history.shape[1]
     seen = jnp.concatenate([preceding(x, width, history, axis_name), x], axis=1)
     last = jax.lax.slice_in_dim(seen, seen.shape[1] - width, seen.shape[1], axis=1)
+    if segment_ids is not None and width > 1:
+        runs = [run[:, -1] for run in _unbroken_runs(segment_ids, width - 1, axis_name)]
+        last = jnp.where(jnp.stack([*runs[::-1], jnp.ones_like(runs[0])], axis=1)[..., None], last, 0)
     if axis_name is None:
         return last
     is_last_rank = axis_index(axis_name) == axis_size(axis_name) - 1
@@ -91,11 +95,14 @@ def following_history(x: jax.Array, history: jax.Array, axis_name: AxisName | No
 
 def _unbroken_runs(segment_ids: jax.Array | None, reach: int, axis_name: AxisName | None) -> list[jax.Array]:
     """For distances 1..reach: whether no border lies between a token and the one that far before it, [B, T] each."""
-    if segment_ids is None or reach == 0:
+    if segment_ids is None or reach <= 0:
         return []
     tokens = segment_ids.shape[1]
     ids = jnp.concatenate([preceding(segment_ids, reach + 1, axis_name=axis_name), segment_ids], axis=1)
-    same = ids[:, 1:] == ids[:, :-1]  # same[:, reach + t]: tokens t - 1 and t
+    first = 0 if axis_name is None else axis_index(axis_name) * tokens
+    # What lies before the sequence counts to its first document: it is that document's history, or zero.
+    before = jnp.arange(-reach, tokens) + first <= 0
+    same = (ids[:, 1:] == ids[:, :-1]) | before  # same[:, reach + t]: tokens t - 1 and t
     runs = [same[:, reach : reach + tokens]]
     for distance in range(1, reach):
         runs.append(runs[-1] & same[:, reach - distance : reach - distance + tokens])
@@ -144,8 +151,7 @@ class ShortConvolution(nnx.Module):
     ) -> None:
         if width < 1:
             raise ValueError(f"width must be at least 1, got {width}")
-        if sharding is not None and axis_name is not None:
-            raise ValueError("give sharding (global arrays) or axis_name (inside jax.shard_map), not both")
+        check_one_way(sharding, axis_name)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, features), jnp.float32))
         self.features = features
         self.width = width
@@ -170,18 +176,22 @@ class ShortConvolution(nnx.Module):
         """The history of a sequence that hasn't begun: zeros [B, W - 1, D]."""
         return jnp.zeros((batch_size, self.width - 1, self.features), self.dtype or jnp.float32)
 
-    def prefill(self, x: jax.Array, history: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def prefill(
+        self, x: jax.Array, history: jax.Array, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Convolves the next stretch of a sequence.
 
         Args:
             x: [B, T, D] the next T tokens; T may be 1. A stretch that `sharding` can't divide runs whole on every
                 device.
-            history: [B, W - 1, D] the tokens before it, from `init_cache` or the last call.
+            history: [B, W - 1, D] the tokens before it, from `init_cache` or the last call; zero where the stretch
+                begins a document.
+            segment_ids: [B, T] integers; the filter doesn't reach across a change of id.
 
         Returns:
-            The result [B, T, D], and the history of the next stretch.
+            The result [B, T, D], and the history of the next stretch: the last tokens of the last document.
         """
-        return self._run(x, None, history, self.sharding if divides(self.sharding, x) else None)
+        return self._run(x, segment_ids, history, self.sharding if divides(self.sharding, x) else None)
 
     def _run(
         self,
@@ -198,7 +208,7 @@ class ShortConvolution(nnx.Module):
         ) -> tuple[jax.Array, jax.Array | None]:
             y = causal_convolution(x, kernel, segment_ids=segment_ids, history=history, axis_name=axis_name)
             if history is not None:
-                history = following_history(x, history, axis_name).astype(history.dtype)
+                history = following_history(x, history, segment_ids, axis_name).astype(history.dtype)
             return y if self.activation is None else self.activation(y), history
 
         arguments = (self.kernel[...], x, segment_ids, history)

@@ -1,5 +1,6 @@
 """The gated linear attention (GLA) layer."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zeco_jax.collectives import AxisName
+from zeco_jax.layers.checks import check_heads, check_one_way, check_rank
 from zeco_jax.layers.convolution import ShortConvolution
 from zeco_jax.layers.decay import DecayGate
 from zeco_jax.layers.heads import head_width, split_heads
@@ -22,11 +24,16 @@ class AttentionCache(NamedTuple):
 
     Attributes:
         state: [B, H, K, V] float32, the state after the last token.
-        history: [B, W - 1, features] the last tokens before the short convolution, or None without one.
+        history: [B, W - 1, features] the last tokens before the short convolution, or None without one. Tokens of
+            another document than the last token's are zero.
     """
 
     state: jax.Array
     history: jax.Array | None
+
+    def where(self, continues: jax.Array) -> "AttentionCache":
+        """This cache for the sequences that `continues` [B] says go on, an empty one for the others."""
+        return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(continues, range(1, x.ndim)), x, 0), self)
 
 
 class GatedLinearAttention(nnx.Module):
@@ -113,12 +120,8 @@ class GatedLinearAttention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if sharding is not None and axis_name is not None:
-            raise ValueError("give sharding (global arrays) or axis_name (inside jax.shard_map), not both")
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads, got {num_kv_heads} and {num_heads}")
+        check_one_way(sharding, axis_name)
+        check_heads(num_heads, num_kv_heads)
         if conv_width < 0:
             raise ValueError(f"conv_width must be at least 0, got {conv_width}")
         self.num_heads = num_heads
@@ -135,11 +138,9 @@ class GatedLinearAttention(nnx.Module):
         output_features = num_heads * self.value_width
         qkv_features = query_features + key_features + value_features
 
-        def project(inputs: int, outputs: int, init: nnx.Initializer) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs)
-
+        project = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
         # q, k and v side by side: one product, and one exchange with the neighbour for the convolution.
-        self.qkv = project(features, qkv_features, kernel_init)
+        self.qkv = project(features, qkv_features, kernel_init=kernel_init)
         self.convolution = nnx.data(None)
         if conv_width:
             self.convolution = ShortConvolution(
@@ -156,9 +157,9 @@ class GatedLinearAttention(nnx.Module):
             kernel_init=kernel_init,
             rngs=rngs,
         )
-        self.output_gate = project(features, output_features, kernel_init)
+        self.output_gate = project(features, output_features, kernel_init=kernel_init)
         self.norm = nnx.RMSNorm(self.value_width, epsilon=norm_eps, dtype=dtype, rngs=rngs)
-        self.output = project(output_features, features, output_init or kernel_init)
+        self.output = project(output_features, features, kernel_init=output_init or kernel_init)
 
     def __call__(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Applies the layer to whole sequences.
@@ -170,7 +171,7 @@ class GatedLinearAttention(nnx.Module):
         Returns:
             [B, T, D].
         """
-        _check_rank("x", x, 3)
+        check_rank("x", x, 3)
         x = constrain(self.sharding, x)
         qkv = self.qkv(x)
         if self.convolution is not None:
@@ -184,24 +185,35 @@ class GatedLinearAttention(nnx.Module):
         history = None if self.convolution is None else self.convolution.init_cache(batch_size)
         return by_batch(self.sharding, AttentionCache(state, history))
 
-    def prefill(self, x: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
+    def prefill(
+        self,
+        x: jax.Array,
+        cache: AttentionCache,
+        segment_ids: jax.Array | None = None,
+        continues: jax.Array | None = None,
+    ) -> tuple[jax.Array, AttentionCache]:
         """Applies the layer to the next stretch of sequences, in parallel over its tokens.
 
         Args:
             x: [B, T, D] the next T tokens. A stretch that `sharding` can't divide runs whole on every device.
             cache: what came before, from `init_cache` or the last call.
+            segment_ids: [B, T] integers, for packed documents: nothing crosses a change of id.
+            continues: [B] booleans, whether the first token goes on with the document that the cache ends in; None:
+                everywhere.
 
         Returns:
             The result [B, T, D] and the cache after the stretch.
         """
-        _check_rank("x", x, 3)
+        check_rank("x", x, 3)
         sharding = self.sharding if divides(self.sharding, x) else None
         x = by_batch(self.sharding, x) if sharding is None else constrain(sharding, x)
-        cache = by_batch(self.sharding, cache)
+        cache = by_batch(self.sharding, cache if continues is None else cache.where(continues))
         qkv, history = self.qkv(x), None
         if self.convolution is not None:
-            qkv, history = self.convolution.prefill(qkv, cache.history)
-        out, state = self._attend(*self._heads(qkv), self._log_decay(x), sharding, initial_state=cache.state)
+            qkv, history = self.convolution.prefill(qkv, cache.history, segment_ids)
+        out, state = self._attend(
+            *self._heads(qkv), self._log_decay(x), sharding, initial_state=cache.state, segment_ids=segment_ids
+        )
         return self._project_out(out, x), by_batch(self.sharding, AttentionCache(state, history))
 
     def decode_step(self, x: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
@@ -217,7 +229,7 @@ class GatedLinearAttention(nnx.Module):
         Raises:
             ValueError: the layer was made with `axis_name`: a single token can't be sharded.
         """
-        _check_rank("x", x, 2)
+        check_rank("x", x, 2)
         if self.axis_name is not None:
             raise ValueError(f"decode_step takes one token, which axis_name={self.axis_name!r} can't shard")
         x, cache = by_batch(self.sharding, (x[:, None], cache))
@@ -280,9 +292,3 @@ class AttentionOptions(NamedTuple):
     schedule: str
     backend: str | None
     chunk_size: int | None
-
-
-def _check_rank(name: str, x: jax.Array, rank: int) -> None:
-    """Refuses an array whose number of dimensions isn't `rank`."""
-    if x.ndim != rank:
-        raise ValueError(f"{name} must have {rank} dimensions, got shape {x.shape}")

@@ -15,13 +15,13 @@ def divides(sharding: SequenceSharding | None, x: jax.Array) -> bool:
 
 
 def by_batch[Tree](sharding: SequenceSharding | None, tree: Tree) -> Tree:
-    """Arrays [B, ...] cut along B if `sharding` does and can, otherwise whole on every device."""
+    """Arrays [B, ...] cut along B if `sharding` does and can, otherwise, like scalars, whole on every device."""
     if sharding is None:
         return tree
 
     def place(x: jax.Array) -> jax.Array:
-        cut = x.shape[0] % sharding.size(sharding.batch) == 0
-        return sharding.place(x, PartitionSpec(sharding.batch if cut else None))
+        cut = x.ndim and x.shape[0] % sharding.size(sharding.batch) == 0
+        return sharding.place(x, PartitionSpec(sharding.batch) if cut else PartitionSpec())
 
     return jax.tree.map(place, tree)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,36 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from zeco_jax.collectives import AxisName
-from zeco_jax.layers import AttentionCache
+from zeco_jax.layers import SoftmaxCache
 from zeco_jax.layers.initializers import default_kernel_init
 from zeco_jax.layers.placement import by_batch, constrain, divides
-from zeco_jax.models.block import Block
+from zeco_jax.layers.softmax_attention import require_room
+from zeco_jax.models.block import Block, LayerCache
 from zeco_jax.models.config import ModelConfig
-from zeco_jax.models.vocabulary import last_token, look_up, to_logits
+from zeco_jax.models.vocabulary import first_and_last, last_token, look_up, to_logits
 from zeco_jax.parallel import SequenceSharding
 
 
+class ModelCache(NamedTuple):
+    """What a model remembers of the tokens that it has seen.
+
+    Attributes:
+        layers: For each layer of the pattern its cache, stacked over the pattern's repetitions.
+        segment: [B] int32, the segment id of the last token; 0 before the first.
+    """
+
+    layers: tuple[LayerCache, ...]
+    segment: jax.Array
+
+
 class LinearAttentionLM(nnx.Module):
-    """A decoder-only language model on gated linear attention.
+    """A decoder-only language model on gated linear attention, with softmax layers among it if asked.
 
-    Embedding, `config.num_layers` blocks of (RMSNorm, gated linear attention) and (RMSNorm, SwiGLU), RMSNorm, LM head.
+    Embedding, `config.num_layers` blocks of (RMSNorm, attention) and (RMSNorm, SwiGLU), RMSNorm, LM head. The attention
+    of the blocks follows `config.layer_pattern`.
 
-    The blocks' parameters are stacked along a first axis of length `num_layers` and the blocks run as one
-    `jax.lax.scan`: a block is compiled once, whatever the depth.
+    The parameters of each block of the pattern are stacked over its repetitions and these run as one `jax.lax.scan`:
+    a pattern is compiled once, whatever the depth. `blocks` is one such block, or a list if the pattern is longer.
 
     With `sharding` the model runs under plain `jax.jit` on global arrays: attention and the short convolution go
     through `jax.shard_map`, XLA partitions the token-wise rest. Parameters are the same with and without it; they
@@ -61,14 +75,18 @@ class LinearAttentionLM(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         self.config = config
         self.sharding = sharding
+        self.axis_name = axis_name
         self.embedding = nnx.Embed(
             config.vocabulary_size, config.hidden_size, dtype=dtype, embedding_init=default_kernel_init, rngs=rngs
         )
 
-        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.split_rngs(splits=config.num_groups)
         @nnx.vmap
-        def make_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(config, sharding=sharding, axis_name=axis_name, rngs=rngs)
+        def make_blocks(rngs: nnx.Rngs) -> Block | nnx.List:
+            blocks = [
+                Block(config, kind, sharding=sharding, axis_name=axis_name, rngs=rngs) for kind in config.layer_pattern
+            ]
+            return blocks[0] if len(blocks) == 1 else nnx.List(blocks)
 
         self.blocks = make_blocks(rngs)
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
@@ -126,12 +144,64 @@ class LinearAttentionLM(nnx.Module):
         """The LM head: logits [..., vocabulary] float32 of `hidden` [..., D]."""
         return to_logits(hidden, self.head_kernel)
 
-    def init_cache(self, batch_size: int) -> AttentionCache:
-        """The cache of `batch_size` sequences that haven't begun: a layer's, stacked along a first axis."""
-        one_layer = self.blocks.attention.init_cache(batch_size)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_layers, *x.shape)), one_layer)
+    def init_cache(self, batch_size: int, capacity: int | None = None) -> ModelCache:
+        """The cache of sequences that haven't begun.
 
-    def prefill(self, tokens: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
+        Args:
+            batch_size: How many.
+            capacity: Tokens of each that softmax layers have places for; linear layers need none.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: There are softmax layers and no capacity.
+        """
+        group = tuple(block.init_cache(batch_size, capacity) for block in self._pattern())
+        layers = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.config.num_groups, *x.shape)), group)
+        return ModelCache(layers, by_batch(self.sharding, jnp.zeros(batch_size, jnp.int32)))
+
+    def extend(
+        self, tokens: jax.Array, cache: ModelCache, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, ModelCache]:
+        """What `hidden` computes, for the next stretch of sequences given what came before it.
+
+        One stretch after the other gives the values and the gradients of the whole: differentiable with respect to the
+        parameters and the floats of the cache. Under `sharding` every rank holds its part of the stretch, and the cache
+        is whole along T.
+
+        Args:
+            tokens: [B, T] integers. A stretch that `sharding` can't divide runs whole on every device.
+            cache: What came before, from `init_cache` or the last call.
+            segment_ids: [B, T] integers, for packed documents: nothing crosses a change of id, nor one between the
+                last stretch and this. None: the stretch goes on with the last document.
+
+        Returns:
+            [B, T, D] in the compute dtype, and the cache after the stretch. If softmax layers have too few places and
+            this can't be known before, as under `jax.jit`, the result is NaN.
+
+        Raises:
+            ValueError: Tokens or ids that are none; softmax layers have no places for T tokens more.
+        """
+        _check_tokens(tokens, 2)
+        _check_segment_ids(segment_ids, tokens)
+        _require_room(cache, tokens.shape[1])
+        sharding = self.sharding if divides(self.sharding, tokens) else None
+        place = constrain if sharding else by_batch
+        x = place(self.sharding, look_up(self.embedding, place(self.sharding, tokens)))
+        continues, segment = None, cache.segment
+        if segment_ids is not None:
+            segment_ids = place(self.sharding, segment_ids.astype(jnp.int32))
+            first, segment = first_and_last(segment_ids, sharding, self.axis_name)
+            continues = first == cache.segment
+
+        def apply(block: Block, x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+            return block.prefill(x, cache, segment_ids, continues)
+
+        x, layers = self._scan_blocks(apply, x, cache.layers, remat=self.config.remat)
+        return self.norm(x), ModelCache(layers, segment)
+
+    def prefill(self, tokens: jax.Array, cache: ModelCache) -> tuple[jax.Array, ModelCache]:
         """Reads the next stretch of sequences, in parallel over its tokens.
 
         Args:
@@ -141,14 +211,10 @@ class LinearAttentionLM(nnx.Module):
         Returns:
             The logits [B, vocabulary] after the last token, and the cache.
         """
-        _check_tokens(tokens, 2)
-        sharded = divides(self.sharding, tokens)
-        tokens = constrain(self.sharding, tokens) if sharded else by_batch(self.sharding, tokens)
-        x = look_up(self.embedding, tokens)
-        x, cache = self._scan_blocks(Block.prefill, x, cache)
-        return self.logits(last_token(self.norm(x))), cache
+        hidden, cache = self.extend(tokens, cache)
+        return self.logits(last_token(hidden)), cache
 
-    def decode_step(self, token: jax.Array, cache: AttentionCache) -> tuple[jax.Array, AttentionCache]:
+    def decode_step(self, token: jax.Array, cache: ModelCache) -> tuple[jax.Array, ModelCache]:
         """Reads one more token of each sequence.
 
         Args:
@@ -157,34 +223,57 @@ class LinearAttentionLM(nnx.Module):
 
         Returns:
             The logits [B, vocabulary] after it, and the cache.
+
+        Raises:
+            ValueError: Softmax layers have no place for it; under `jax.jit` the logits are NaN instead.
         """
         _check_tokens(token, 1)
-        x, cache = self._scan_blocks(Block.decode_step, look_up(self.embedding, by_batch(self.sharding, token)), cache)
-        return self.logits(self.norm(x)), cache
+        _require_room(cache, 1)
+        x = look_up(self.embedding, by_batch(self.sharding, token))
+        x, layers = self._scan_blocks(Block.decode_step, x, cache.layers)
+        return self.logits(self.norm(x)), cache._replace(layers=layers)
+
+    def _pattern(self) -> list[Block]:
+        """The blocks of the pattern, each with the parameters of all its repetitions."""
+        return [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
 
     def _scan_blocks(
         self,
         apply: Callable[[Block, jax.Array, Any], tuple[jax.Array, Any]],
         x: jax.Array,
-        per_layer: Any = None,
+        items: tuple[Any, ...] | None = None,
         remat: bool = False,
-    ) -> tuple[jax.Array, Any]:
-        """Runs `x, y = apply(block, x, item)` over the blocks and the items of `per_layer`; returns x and all y."""
-        definition, parameters = nnx.split(self.blocks)
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Runs `x, y = apply(block, x, item)` over the blocks and their items; returns x and all y, stacked as they."""
+        definitions, parameters = zip(*map(nnx.split, self._pattern()), strict=True)
 
-        def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            parameters, item = layer
+        def run(definition: Any, x: jax.Array, parameters: Any, item: Any) -> tuple[jax.Array, Any]:
             return apply(nnx.merge(definition, parameters), x, item)
 
         if remat:
-            # As long as forward and backward are two loops, nothing merges the computation with its repetition, and the
-            # costly barrier against it isn't needed.
-            loops = self.config.scan_unroll < self.config.num_layers
-            # With the outputs and the entering states of attention at hand, attention itself needn't run again, nor its
-            # exchange (DistFlashAttention, arXiv 2310.03294, section 3.3).
-            policy = jax.checkpoint_policies.save_only_these_names("attention_out", "entering_state")
-            step = jax.checkpoint(step, prevent_cse=not loops, policy=policy)
-        return jax.lax.scan(step, x, (parameters, per_layer), unroll=self.config.scan_unroll)
+            run = self._rematerialized(run)
+
+        def step(x: jax.Array, group: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+            results = []
+            for definition, layer in zip(definitions, group, strict=True):
+                x, result = run(definition, x, *layer)
+                results.append(result)
+            return x, tuple(results)
+
+        groups = tuple(zip(parameters, items or [None] * len(parameters), strict=True))
+        return jax.lax.scan(step, x, groups, unroll=self.config.scan_unroll)
+
+    def _rematerialized(self, run: Callable) -> Callable:
+        # As long as forward and backward are two loops, nothing merges the computation with its repetition, and the
+        # costly barrier against it isn't needed.
+        loops = self.config.scan_unroll < self.config.num_groups
+        # With the outputs and the entering states of attention at hand, attention itself needn't run again, nor its
+        # exchange (DistFlashAttention, arXiv 2310.03294, section 3.3).
+        policies = jax.checkpoint_policies
+        policy = policies.save_only_these_names("attention_out", "attention_log_sum_exp", "entering_state")
+        if self.config.remat_saves == "products":
+            policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
+        return jax.checkpoint(run, static_argnums=0, prevent_cse=not loops, policy=policy)
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -202,3 +291,19 @@ def count_parameters(config: ModelConfig) -> int:
 def _check_tokens(tokens: jax.Array, rank: int) -> None:
     if tokens.ndim != rank or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integers with {rank} dimensions, got {tokens.dtype} of shape {tokens.shape}")
+
+
+def _check_segment_ids(segment_ids: jax.Array | None, tokens: jax.Array) -> None:
+    if segment_ids is None:
+        return
+    if segment_ids.shape != tokens.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids must be integers of shape {tokens.shape}, got {segment_ids.dtype} of shape "
+            f"{segment_ids.shape}"
+        )
+
+
+def _require_room(cache: ModelCache, tokens: int) -> None:
+    for layer in cache.layers:
+        if isinstance(layer, SoftmaxCache):
+            require_room(layer, tokens)

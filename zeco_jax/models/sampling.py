@@ -90,7 +90,7 @@ def _continue(
         return (token, cache), token
 
     first_key, *keys = jax.random.split(key, steps) if steps > 1 else (key,)
-    logits, cache = model.prefill(prompt, model.init_cache(prompt.shape[0]))
+    logits, cache = model.prefill(prompt, model.init_cache(prompt.shape[0], prompt.shape[1] + steps))
     first = draw(logits, first_key)
     if not keys:
         return first[:, None]

@@ -1,9 +1,14 @@
 """From tokens to vectors and back."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+
+from zeco_jax.collectives import AxisName, axis_index, axis_size
+from zeco_jax.parallel import SequenceSharding
 
 
 def look_up(embedding: nnx.Embed, tokens: jax.Array) -> jax.Array:
@@ -46,6 +51,22 @@ def _to_logits_backward(operands: tuple[jax.Array, jax.Array], cotangent: jax.Ar
 
 
 _to_logits.defvjp(_to_logits_forward, _to_logits_backward)
+
+
+def first_and_last(
+    segment_ids: jax.Array, sharding: SequenceSharding | None, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array]:
+    """The ids [B] of the first and of the last token of `segment_ids` [B, T], on every rank along T."""
+    if sharding is not None:
+        ends = partial(first_and_last, sharding=None, axis_name=sharding.seq)
+        by_batch = PartitionSpec(sharding.batch)
+        return jax.shard_map(ends, mesh=sharding.mesh, in_specs=sharding.spec(2), out_specs=by_batch)(segment_ids)
+    ends = segment_ids[:, 0], segment_ids[:, -1]
+    if axis_name is None:
+        return ends
+    owners = 0, axis_size(axis_name) - 1
+    own = [jnp.where(axis_index(axis_name) == owner, end, 0) for end, owner in zip(ends, owners, strict=True)]
+    return tuple(jax.lax.psum(own, axis_name))
 
 
 def last_token(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Linear attention on global arrays: the same operator, owning its shard_map."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -79,12 +80,7 @@ def sharded_linear_attention(
         chunk_size=options.get("chunk_size"),
     )
     sharding = SequenceSharding(mesh, batch, seq, heads)
-    dimensions = zip("BTH", q.shape[:3], ("batch", "seq", "heads"), (batch, seq, heads), strict=True)
-    for letter, length, name, axes in dimensions:
-        if length % sharding.size(axes):
-            raise ValueError(
-                f"q has {letter} = {length}, which the {sharding.size(axes)} ranks of {name}={axes!r} don't divide"
-            )
+    check_cuts(sharding, "q", q, "BTH")
     activations = PartitionSpec(batch, seq, heads)
     state = PartitionSpec(batch, heads)
     gates = PartitionSpec(heads) if log_decay is not None and log_decay.ndim == 1 else activations
@@ -97,11 +93,33 @@ def sharded_linear_attention(
         "segment_ids": sharding.spec(2),
     }
     arrays = dict(zip(specs, (q, k, v, log_decay, initial_state, segment_ids), strict=True))
-    arrays = {name: sharding.place(x, specs[name]) for name, x in arrays.items() if x is not None}
-    in_specs = ({name: specs[name] for name in arrays},)
-    body = partial(_attend_shards, axis_name=seq, **options)
-    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=(activations, state))(arrays)
+    operator = partial(linear_attention, axis_name=seq, **options)
+    return run_cut(operator, arrays, specs, (activations, state), sharding)
 
 
-def _attend_shards(arrays: dict[str, jax.Array], **options: Any) -> tuple[jax.Array, jax.Array]:
-    return linear_attention(**arrays, **options)
+def check_cuts(sharding: SequenceSharding, name: str, array: jax.Array, letters: str) -> None:
+    """Raises ValueError if the ranks don't divide the first three dimensions of an array, whose letters these are."""
+    cuts = {field: getattr(sharding, field) for field in ("batch", "seq", "heads")}
+    for letter, length, (field, axes) in zip(letters, array.shape[:3], cuts.items(), strict=True):
+        ranks = sharding.size(axes)
+        if length % ranks:
+            raise ValueError(
+                f"{name} has {letter} = {length}, which the {ranks} ranks of {field}={axes!r} don't divide"
+            )
+
+
+def run_cut(
+    operator: Callable[..., Any],
+    arrays: dict[str, jax.Array | None],
+    specs: dict[str, PartitionSpec],
+    out_specs: Any,
+    sharding: SequenceSharding,
+) -> Any:
+    """Lays whole arrays out by `specs`, runs the operator on every rank's pieces, its results lie by `out_specs`.
+
+    Arrays that are None are left out.
+    """
+    given = {name: sharding.place(x, specs[name]) for name, x in arrays.items() if x is not None}
+    in_specs = ({name: specs[name] for name in given},)
+    body = jax.shard_map(lambda pieces: operator(**pieces), mesh=sharding.mesh, in_specs=in_specs, out_specs=out_specs)
+    return body(given)

@@ -6,9 +6,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import tyro
 
+from zeco_jax.layers import mini_sequence_tokens
 from zeco_jax.models import ModelConfig, named_config
+
+_MLP_BLOCK_BYTES = 128 << 20
+
+_EXECUTION_ONLY = (
+    "remat",
+    "remat_saves",
+    "mlp_block_tokens",
+    "scan_unroll",
+    "schedule",
+    "backend",
+    "chunk_size",
+    "softmax_strategy",
+    "softmax_backend",
+    "dtype",
+)
 
 
 def _require(condition: bool, argument: str, came: object, expected: str) -> None:
@@ -25,6 +42,7 @@ class Architecture:
         vocabulary_size: Different tokens; at least the 256 bytes.
         hidden_size: Width of the residual stream.
         num_layers: Number of blocks.
+        layer_pattern: Attention of successive blocks, linear or softmax, repeated over the depth.
         num_heads: Query heads.
         num_kv_heads: Heads with keys, values and gates.
         expand_k: Key width of all heads together, as a fraction of the hidden size.
@@ -33,16 +51,22 @@ class Architecture:
         gate_rank: Rank of the gate's projection.
         gate_normalizer: Divides the log decay.
         conv_width: Taps of the short convolution; 0 for none.
+        softmax_heads: Query heads of softmax layers.
+        softmax_kv_heads: Heads with keys and values of softmax layers.
+        rotary_base: How positions turn queries and keys of softmax layers.
         mlp_ratio: Width of the feed-forward layer, as a multiple of the hidden size.
         tie_embeddings: Whether the embedding is also the LM head.
         schedule: How states travel between devices, see `zeco_jax.all_scan`.
         backend: What computes the attention, see `zeco_jax.linear_attention`.
         chunk_size: Tokens that the attention takes at a time.
+        softmax_strategy: What travels between devices in softmax layers, see `zeco_jax.softmax_attention`.
+        softmax_backend: What computes the attention of softmax layers, see `zeco_jax.softmax_attention`.
     """
 
     vocabulary_size: int | None = None
     hidden_size: int | None = None
     num_layers: int | None = None
+    layer_pattern: tuple[str, ...] | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
     expand_k: float | None = None
@@ -51,11 +75,16 @@ class Architecture:
     gate_rank: int | None = None
     gate_normalizer: float | None = None
     conv_width: int | None = None
+    softmax_heads: int | None = None
+    softmax_kv_heads: int | None = None
+    rotary_base: float | None = None
     mlp_ratio: float | None = None
     tie_embeddings: bool | None = None
     schedule: str | None = None
     backend: str | None = None
     chunk_size: int | None = None
+    softmax_strategy: str | None = None
+    softmax_backend: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +224,7 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        model: Name of a model configuration: tiny, 340m or 1b.
+        model: Name of a model configuration: tiny, hybrid-tiny, 340m or 1b.
         architecture: Changes to the named model.
         data: Where the text comes from.
         optimizer: The optimizer and its learning-rate schedule.
@@ -208,6 +237,14 @@ class TrainConfig:
         sequence_length: Bytes per sequence, over all devices.
         precision: Type that the model computes in; the parameters are float32 in either case.
         remat: Recompute each layer in the backward pass instead of storing its activations.
+        remat_saves: What is stored nevertheless: the outputs of attention, or the results of all matrix products.
+        mlp_block_tokens: Tokens that the feed-forward layers take at a time on each device, computed again in the
+            backward pass; auto: as many as fit 128 MiB. None: the named model's choice.
+        loss_block_tokens: Tokens whose logits exist at a time on each device. None: as many as fit 128 MiB.
+        chunk_tokens: Tokens of a chunk, which divide sequence_length: sequences go through the model chunk by chunk,
+            forward and again backward, so that memory is that of one chunk. None: whole.
+        backprop_chunks: How many chunks, drawn anew at every step, the backward pass goes through; the gradient is then
+            an estimate. None: all of them, exactly.
         seed: Seed of the parameters, of the order of the data and of the sample. At least 0, below 2**32.
         output: Directory of the checkpoints, metrics and reports; a run that finds its own checkpoints resumes.
 
@@ -234,6 +271,11 @@ class TrainConfig:
     sequence_length: int = 1024
     precision: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    remat_saves: Literal["attention", "products"] = "attention"
+    mlp_block_tokens: int | Literal["auto"] | None = None
+    loss_block_tokens: int | None = None
+    chunk_tokens: int | None = None
+    backprop_chunks: int | None = None
     seed: int = 0
     output: Path = Path("runs/tiny")
 
@@ -253,8 +295,36 @@ class TrainConfig:
             self.sequence_length,
             f"a multiple of mesh.seq = {self.mesh.seq}",
         )
+        for name in ("mlp_block_tokens", "loss_block_tokens"):
+            tokens = getattr(self, name)
+            _require(tokens in (None, "auto") or tokens >= 1, name, tokens, "one or more tokens")
+        self._check_chunks()
         _require(self.precision in ("float32", "bfloat16"), "precision", self.precision, "float32 or bfloat16")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "an integer in [0, 2**32)")
+
+    def _check_chunks(self) -> None:
+        if self.chunk_tokens is None:
+            _require(self.backprop_chunks is None, "backprop_chunks", self.backprop_chunks, "chunk_tokens beside it")
+            return
+        _require(
+            self.chunk_tokens >= 1 and self.sequence_length % self.chunk_tokens == 0,
+            "chunk_tokens",
+            self.chunk_tokens,
+            f"a divisor of sequence_length = {self.sequence_length}",
+        )
+        _require(
+            self.chunk_tokens % self.mesh.seq == 0,
+            "chunk_tokens",
+            self.chunk_tokens,
+            f"a multiple of mesh.seq = {self.mesh.seq}",
+        )
+        chunks = self.sequence_length // self.chunk_tokens
+        _require(
+            self.backprop_chunks is None or 1 <= self.backprop_chunks <= chunks,
+            "backprop_chunks",
+            self.backprop_chunks,
+            f"from 1 to the {chunks} chunks of a sequence",
+        )
 
     @property
     def decay_steps(self) -> int:
@@ -281,9 +351,19 @@ def model_config(config: TrainConfig) -> ModelConfig:
         3
     """
     changes = {name: value for name, value in dataclasses.asdict(config.architecture).items() if value is not None}
-    model = dataclasses.replace(named_config(config.model), **changes, dtype=config.precision, remat=config.remat)
+    execution = {"dtype": config.precision, "remat": config.remat, "remat_saves": config.remat_saves}
+    model = dataclasses.replace(named_config(config.model), **changes, **execution)
+    if config.mlp_block_tokens is not None:
+        model = dataclasses.replace(model, mlp_block_tokens=_mlp_block_tokens(config.mlp_block_tokens, model))
     _require(model.vocabulary_size >= 256, "vocabulary_size", model.vocabulary_size, "at least the 256 byte values")
     return model
+
+
+def _mlp_block_tokens(asked: int | str, model: ModelConfig) -> int:
+    if asked != "auto":
+        return asked
+    # The two wide arrays, their product, and the gradients of all three.
+    return mini_sequence_tokens(6 * model.mlp_size, jnp.dtype(model.dtype).itemsize, _MLP_BLOCK_BYTES)
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -312,8 +392,8 @@ def to_json(config: Any) -> dict[str, Any]:
 def identity(config: TrainConfig, data_checksum: int) -> dict[str, Any]:
     """The facts that decide a run's numbers: two runs of the same identity may continue each other's checkpoints.
 
-    The mesh, the cadences, rematerialisation and the attention backend are no part of it: a run may go on upon
-    another number of devices.
+    The mesh, the cadences, rematerialisation, blocks, chunks (unless the backward pass leaves some out) and the
+    attention backend are no part of it: a run may go on upon another number of devices.
 
     Args:
         config: The run.
@@ -323,10 +403,14 @@ def identity(config: TrainConfig, data_checksum: int) -> dict[str, Any]:
         A flat dictionary from the field's name to a JSON value.
     """
     model = dataclasses.asdict(model_config(config))
-    for execution_only in ("remat", "scan_unroll", "schedule", "backend", "chunk_size", "dtype"):
+    for execution_only in _EXECUTION_ONLY:
         model.pop(execution_only, None)
     optimizer = {**dataclasses.asdict(config.optimizer), "decay_steps": config.decay_steps}
+    estimate = {}
+    if config.backprop_chunks is not None:
+        estimate = {"chunk_tokens": config.chunk_tokens, "backprop_chunks": config.backprop_chunks}
     return {
+        **estimate,
         **{f"model.{name}": value for name, value in model.items()},
         **{f"optimizer.{name}": value for name, value in optimizer.items()},
         "data.checksum": data_checksum,

@@ -108,19 +108,28 @@ def validation_batches(corpus: Corpus, *, batch_size: int, sequence_length: int,
     return [Batch(*(np.stack(parts) for parts in zip(*group, strict=True))) for group in groups]
 
 
-def place(batch: Batch, mesh: Mesh) -> Batch:
+def place(batch: Batch, mesh: Mesh, chunk_tokens: int | None = None) -> Batch:
     """Spreads a batch over a mesh: sequences along the axis "data", tokens along the axis "seq".
 
     Every process holds the same global batch and hands its own devices their parts.
 
+    With `chunk_tokens` the sequences are cut into n chunks of N tokens first, and each chunk is cut over the ranks:
+    rank p of P holds the p-th part, of N / P tokens, of every chunk. Chunk after chunk, and in a chunk rank after rank,
+    the tokens keep their order.
+
     Args:
         batch: Global numpy arrays, [B, T].
         mesh: A mesh with the axes "data" and "seq".
+        chunk_tokens: Tokens of a chunk, N, which divide T; None: the sequences stay whole.
 
     Returns:
-        The batch as global, sharded arrays.
+        The batch as global, sharded arrays, [B, T] or [n, B, N].
     """
-    sharding = NamedSharding(mesh, PartitionSpec("data", "seq"))
+    cut = PartitionSpec("data", "seq")
+    if chunk_tokens is not None:
+        rows, cut = batch.inputs.shape[0], PartitionSpec(None, *cut)
+        batch = Batch(*(part.reshape(rows, -1, chunk_tokens).swapaxes(0, 1) for part in batch))
+    sharding = NamedSharding(mesh, cut)
     return Batch(*(jax.make_array_from_callback(part.shape, sharding, part.__getitem__) for part in batch))
 
 

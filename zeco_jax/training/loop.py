@@ -74,12 +74,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Summary | N
             loss = None
             recorder = _Recorder(config, mesh, logs, display, clock)
             for step in range(done + 1, config.steps + 1):
-                state, metrics = program.train(state, place(batches[step - 1], mesh))
+                state, metrics = program.train(state, place(batches[step - 1], mesh, config.chunk_tokens))
                 recorder.add(step, metrics)
                 last = step == config.steps
                 if last or step % config.evaluation.every == 0:
                     recorder.drain()
-                    loss = _evaluate(program, state.parameters, validation)
+                    loss = _evaluate(config, program, state.parameters, validation)
                     recorder.validated(step, loss)
                 if last or step % config.checkpoint.every == 0:
                     recorder.drain()
@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Summary | N
                     checkpoints.save(state, {"next_batch": step, "clock": dataclasses.asdict(clock)})
                     recorder.restart()
             if loss is None:  # A run that was killed between its last checkpoint and its reports.
-                loss = _evaluate(program, state.parameters, validation)
+                loss = _evaluate(config, program, state.parameters, validation)
     return _finish(config, program, state, clock, loss) if first else None
 
 
@@ -98,11 +98,11 @@ def _read_corpora(config: TrainConfig) -> tuple[Corpus, Corpus]:
     return Corpus.from_documents(training), Corpus.from_documents(held_out)
 
 
-def _evaluate(program: Program, parameters: Parameters, batches: Sequence[Batch]) -> float:
+def _evaluate(config: TrainConfig, program: Program, parameters: Parameters, batches: Sequence[Batch]) -> float:
     """Mean loss of the batches, in nats per byte."""
     total = count = 0.0
     for batch in batches:
-        loss = program.evaluate(parameters, place(batch, program.mesh))
+        loss = program.evaluate(parameters, place(batch, program.mesh, config.chunk_tokens))
         total, count = total + float(loss.total), count + float(loss.count)
     return total / max(count, 1.0)
 
@@ -202,7 +202,11 @@ def _finish(config: TrainConfig, program: Program, state: TrainState, clock: _Cl
         training_seconds=clock.seconds,
         tokens_per_second=tokens_per_second,
         model_flops_utilization=model_flops_utilization(
-            program.model, tokens_per_second, devices=program.mesh.size, device_kind=device.device_kind
+            program.model,
+            tokens_per_second,
+            devices=program.mesh.size,
+            device_kind=device.device_kind,
+            sequence_length=config.sequence_length,
         ),
         training_bits_per_byte=bits_per_byte(statistics.fmean(final_losses)),
         validation_bits_per_byte=bits_per_byte(loss),

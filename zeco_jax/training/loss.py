@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from zeco_jax.layers import cut_tokens, mini_sequence_tokens
 from zeco_jax.models import to_logits
 from zeco_jax.parallel import SequenceSharding
 from zeco_jax.varying import cast_varying, varying_axes
 
-# 128 MiB of logits at a time: matrix products large enough for any device, and little beside its memory.
-BLOCK_LOGITS = 1 << 25
+# Of logits at a time: matrix products large enough for any device, and little beside its memory.
+BLOCK_BYTES = 128 << 20
 
 
 class LossSum(NamedTuple):
@@ -79,7 +80,7 @@ def cross_entropy_of_hidden(
         targets: [B, T] integers.
         mask: [B, T] bool, True where the target counts.
         sharding: how [B, T, ...] lies on a mesh; None: on one device.
-        block_tokens: tokens at a time on each device; None: as many as `BLOCK_LOGITS` numbers allow.
+        block_tokens: tokens at a time on each device; None: as many as have 128 MiB of logits.
 
     Returns:
         The sum and the number of tokens.
@@ -118,18 +119,9 @@ def _sum_of_blocks(
     hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array, block_tokens: int | None
 ) -> LossSum:
     """The loss of this device's tokens."""
-    tokens = targets.size
-    most = block_tokens or max(1, BLOCK_LOGITS // kernel.shape[1])
-    blocks = -(-tokens // most)
-    if blocks <= 1:
+    most = block_tokens or mini_sequence_tokens(kernel.shape[1], 4, BLOCK_BYTES)
+    if targets.size <= most:
         return cross_entropy(to_logits(hidden, kernel), targets, mask)
-    length = -(-tokens // blocks)
-
-    def cut(x: jax.Array, trailing: int) -> jax.Array:
-        flat = x.reshape(tokens, *x.shape[2:])
-        # What fills the last block up has a mask of False.
-        padded = jnp.pad(flat, ((0, blocks * length - tokens),) + ((0, 0),) * trailing)
-        return padded.reshape(blocks, length, *x.shape[2:])
 
     @jax.checkpoint
     def of_block(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSum:
@@ -139,8 +131,10 @@ def _sum_of_blocks(
         hidden, targets, mask = block
         return jax.tree.map(jnp.add, total, of_block(hidden, kernel, targets, mask)), None
 
+    # What fills the last block up has a mask of False.
+    blocks = tuple(cut_tokens(x.reshape(targets.size, *x.shape[2:]), most) for x in (hidden, targets, mask))
     nothing = cast_varying(jnp.zeros((), jnp.float32), varying_axes(hidden, kernel, targets, mask))
-    return jax.lax.scan(step, LossSum(nothing, nothing), (cut(hidden, 1), cut(targets, 0), cut(mask, 0)))[0]
+    return jax.lax.scan(step, LossSum(nothing, nothing), blocks)[0]
 
 
 def bits_per_byte(nats: jax.Array | float) -> jax.Array | float:

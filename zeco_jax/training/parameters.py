@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
+from zeco_jax.collectives import AxisName
 from zeco_jax.models import LinearAttentionLM, ModelConfig
 from zeco_jax.parallel import SequenceSharding
 
@@ -26,10 +27,12 @@ class Skeleton:
     Attributes:
         config: The model's configuration.
         sharding: How its activations lie on a mesh; None on one device.
+        axis_name: For use inside `jax.shard_map` instead: the mesh axis that cuts the tokens.
     """
 
     config: ModelConfig
     sharding: SequenceSharding | None = None
+    axis_name: AxisName | None = None
 
     def initialize(self, seed: int, placement: Sharding | None = None) -> Parameters:
         """Draws the parameters; they depend on the seed only, not on the placement.
@@ -67,7 +70,7 @@ class Skeleton:
         return nnx.merge(definition, nnx.from_flat_state(filled))
 
     def _build(self, seed: int) -> LinearAttentionLM:
-        return LinearAttentionLM(self.config, sharding=self.sharding, rngs=nnx.Rngs(seed))
+        return LinearAttentionLM(self.config, sharding=self.sharding, axis_name=self.axis_name, rngs=nnx.Rngs(seed))
 
 
 def _name(path: tuple[Any, ...]) -> str:

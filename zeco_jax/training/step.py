@@ -11,10 +11,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zeco_jax.models import ModelConfig
-from zeco_jax.parallel import SequenceSharding
+from zeco_jax.training.chunkwise import choose_chunks
 from zeco_jax.training.configuration import TrainConfig, model_config
 from zeco_jax.training.data import Batch
-from zeco_jax.training.loss import LossSum, cross_entropy_of_hidden
+from zeco_jax.training.loss import LossSum
+from zeco_jax.training.objective import make_objective
 from zeco_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from zeco_jax.training.parameters import Parameters, Skeleton
 
@@ -58,7 +59,7 @@ class Program:
         mesh: The devices.
         create: `create() -> TrainState`, from the run's seed.
         train: `train(state, batch) -> (state, Metrics)`; the old state is donated.
-        evaluate: `evaluate(parameters, batch) -> LossSum`.
+        evaluate: `evaluate(parameters, batch) -> LossSum`. Batches are those of `place`, with the run's `chunk_tokens`.
     """
 
     model: ModelConfig
@@ -95,19 +96,14 @@ def compile_program(config: TrainConfig, mesh: Mesh) -> Program:
 
     Raises:
         ValueError: The model or the learning-rate schedule is impossible.
+        NotImplementedError: Chunks of a model with softmax layers.
     """
     model = model_config(config)
-    # Nothing crosses devices on a mesh of one: the model then needs no shard_map.
-    sharding = None if mesh.size == 1 else SequenceSharding(mesh, batch="data", seq="seq")
-    skeleton = Skeleton(model, sharding)
+    skeleton = Skeleton(model)
+    objective = make_objective(config, mesh)
     optimizer = make_optimizer(config)
     schedule = learning_rate_schedule(config)
     replicated = NamedSharding(mesh, PartitionSpec())
-
-    def loss(parameters: Parameters, batch: Batch) -> LossSum:
-        model = skeleton.assemble(parameters)
-        hidden = model.hidden(batch.inputs, segment_ids=batch.segment_ids)
-        return cross_entropy_of_hidden(hidden, model.head_kernel, batch.targets, batch.mask, sharding=sharding)
 
     def create() -> TrainState:
         parameters = skeleton.initialize(config.seed)
@@ -115,7 +111,15 @@ def compile_program(config: TrainConfig, mesh: Mesh) -> Program:
         return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters), key)
 
     def train(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        value, gradient = jax.value_and_grad(lambda parameters: loss(parameters, batch).mean)(state.parameters)
+        chosen = None
+        if config.backprop_chunks is not None:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            chosen = choose_chunks(key, batch.inputs.shape[0], config.backprop_chunks)
+
+        def loss(parameters: Parameters) -> jax.Array:
+            return objective(parameters, batch, chosen).mean
+
+        value, gradient = jax.value_and_grad(loss)(state.parameters)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         metrics = Metrics(value, optax.tree.norm(gradient), jnp.asarray(schedule(state.step), jnp.float32))
@@ -126,7 +130,7 @@ def compile_program(config: TrainConfig, mesh: Mesh) -> Program:
         mesh=mesh,
         create=jax.jit(create, out_shardings=replicated),
         train=jax.jit(train, donate_argnums=0, out_shardings=replicated),
-        evaluate=jax.jit(loss, out_shardings=replicated),
+        evaluate=jax.jit(objective, out_shardings=replicated),
     )
 
 

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.attention.hopper.gradients_channel import gradients_channel
+from zeco_jax.attention.hopper.chunk_gradients import chunk_gradients
+from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replay_channel import replay_channel
 from zeco_jax.attention.hopper.states import chunk_states, stretch_states
-from zeco_jax.attention.hopper.tile import COMPUTING, FACTORED_LIMIT, HALF, summed_tiles
+from zeco_jax.attention.hopper.tile import COMPUTING, FACTORED_LIMIT, HALF, TILE, summed_tiles
 from zeco_jax.attention.hopper.walk import Walk
 
 
@@ -59,7 +60,10 @@ class ChannelDecays(NamedTuple):
         scale: float,
     ) -> tuple[jax.Array, ...]:
         """The gradients of q, k, v and the gates."""
-        gradients = gradients_channel(
+        cotangents = chunk_states(q, dout, self.gates, leaving, walk=walk, scale=scale, interpret=self.interpret)
+        batch, _, heads, width = q.shape
+        walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks))
+        dq, dk, dv, dgates = chunk_gradients(
             q,
             k,
             v,
@@ -68,12 +72,12 @@ class ChannelDecays(NamedTuple):
             totals,
             *_strong(totals, walk),
             states,
-            leaving,
+            cotangents,
             walk=walk,
             scale=scale,
             interpret=self.interpret,
         )
-        return tuple(summed_tiles(gradient) for gradient in gradients)
+        return dq, dk, summed_tiles(dv), dgates
 
 
 def _strong(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:

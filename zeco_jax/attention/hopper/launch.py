@@ -27,6 +27,7 @@ def launch(
     walk: Walk,
     state: tuple[int, int, int, int],
     interpret: bool,
+    auto_barriers: bool = True,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel.
 
@@ -40,6 +41,7 @@ def launch(
         walk: the stretches; each is walked by a block of threads for each tile of the state.
         state: the shape of the state, [B, H, K, V], K and V multiples of TILE.
         interpret: simulate the kernel.
+        auto_barriers: warpgroups wait for all of their warps before and after each store; otherwise `body` sees to it.
 
     Returns:
         The outputs.
@@ -72,7 +74,9 @@ def launch(
         num_threads=tile.COMPUTING + 1,
         thread_name="warpgroup",
         # No reduction here goes across warps, so none needs memory for it.
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=16, unsafe_no_auto_barriers=not auto_barriers
+        ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     # What a kernel returns varies over no mesh axis, so far.

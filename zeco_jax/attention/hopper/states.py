@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from zeco_jax.attention.hopper.launch import (
     launch,
     stage_of,
 )
-from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
 # Chunks in flight: one is worked on while the next is fetched.
@@ -55,16 +56,27 @@ def stretch_states(
 
 
 def chunk_states(
-    keys: jax.Array, values: jax.Array, gates: jax.Array, entering: jax.Array, *, walk: Walk, interpret: bool = False
+    keys: jax.Array,
+    values: jax.Array,
+    gates: jax.Array,
+    entering: jax.Array,
+    *,
+    walk: Walk,
+    scale: float = 1.0,
+    interpret: bool = False,
 ) -> jax.Array:
-    """The state that enters each chunk, given those that enter the stretches.
+    r"""The state that enters each chunk, given those that enter the stretches.
+
+    In reverse (queries and the outputs' cotangents): the cotangent D of the state that leaves each chunk, as
+    :math:`e^{b_C} \odot D` in channels whose gates' sum over the chunk, :math:`b_C`, is at least FACTORED_LIMIT.
 
     Args:
         keys: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
         values: [B, T, H, V] bfloat16, V a multiple of TILE.
         gates: [B, T, H, K] float32.
         entering: [B, H, stretches, K, V] float32.
-        walk: the stretches, forward.
+        walk: the stretches.
+        scale: factor on what keys and values add.
         interpret: simulate the kernel.
 
     Returns:
@@ -72,7 +84,7 @@ def chunk_states(
     """
     batch, _, heads, width = keys.shape
     outputs = (bfloat16(batch, heads, walk.chunks, width, values.shape[-1]),)
-    return _launch(keys, values, gates, (entering,), outputs, walk=walk, scale=1.0, interpret=interpret)[0]
+    return _launch(keys, values, gates, (entering,), outputs, walk=walk, scale=scale, interpret=interpret)[0]
 
 
 def _launch(
@@ -117,10 +129,7 @@ def _summarized(
     nothing: Ref,
     states: Ref,
     totals: Ref,
-    *,
-    walk: Walk,
-    scale: float,
-    **scratch: Ref,
+    **options: Any,
 ) -> None:
     del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
@@ -134,9 +143,9 @@ def _summarized(
             totals[batch, head, chunk, rows] = total
 
     def after(state: jax.Array) -> None:
-        states[batch, head, stretch, rows, columns] = state * scale
+        states[batch, head, stretch, rows, columns] = state
 
-    _walk(keys, values, gates, partial(tile.zeros, HALF, TILE), before, after, walk=walk, **scratch)
+    _walk(keys, values, gates, partial(tile.zeros, HALF, TILE), before, after, **options)
 
 
 def _traced(
@@ -149,15 +158,16 @@ def _traced(
     *,
     state_tile: Ref,
     walk: Walk,
-    **scratch: Ref,
+    **options: Any,
 ) -> None:
-    del nothing, scratch["scale"]
+    del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     rows, columns = _rows(), _columns()
     own = state_tile.at[lax.axis_index("warpgroup")]
 
     def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
-        del total
+        if walk.reverse:
+            state *= tile.along_rows(jnp.exp(jnp.where(total < FACTORED_LIMIT, 0.0, total)), TILE)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         own[...] = state.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -170,7 +180,7 @@ def _traced(
     def first() -> jax.Array:
         return tile.load_global(entering.at[batch, head, stretch, rows, columns])
 
-    _walk(keys, values, gates, first, before, after, walk=walk, **scratch)
+    _walk(keys, values, gates, first, before, after, walk=walk, **options)
 
 
 def _rows() -> pl.Slice:
@@ -191,6 +201,7 @@ def _walk(
     after: Callable[[jax.Array], None],
     *,
     walk: Walk,
+    scale: float,
     keys_tile: Ref,
     values_tile: Ref,
     gates_tile: Ref,
@@ -239,7 +250,7 @@ def _walk(
             # Every column is the same.
             total = jnp.max(total, axis=1)
             own_keys = keys_tile.at[slot, :, own]
-            own_keys[...] = (tile.load(own_keys) * jnp.exp(decays)).astype(jnp.bfloat16)
+            own_keys[...] = (tile.load(own_keys) * (jnp.exp(decays) * scale)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             before(walk.chunk(stretch, step), state, total)
             state *= tile.along_rows(jnp.exp(total), TILE)

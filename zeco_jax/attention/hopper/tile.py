@@ -79,6 +79,13 @@ def ones_where(condition: jax.Array) -> jax.Array:
     return condition.astype(jnp.float32).astype(jnp.bfloat16)
 
 
+def where_not_positive(condition: jax.Array, x: jax.Array) -> jax.Array:
+    """A matrix where the integers `condition` are at most 0, else zeros."""
+    # Without predicates: the compiler would convert what they choose to bfloat16 one by one.
+    bits = lax.bitcast_convert_type(x, jnp.int32) & ((condition - 1) >> 31)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def along_rows(vector: jax.Array, columns: int) -> jax.Array:
     """One number per row, repeated over the columns."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0])

@@ -13,10 +13,12 @@ class Generation(NamedTuple):
     Attributes:
         vmem_bytes: VMEM of a core.
         matrix_unit: rows and columns of a matrix unit.
+        cores: of a device, which share out what a kernel's grid calls parallel.
     """
 
     vmem_bytes: int
     matrix_unit: int
+    cores: int = 1
 
     @property
     def budget(self) -> int:
@@ -24,10 +26,10 @@ class Generation(NamedTuple):
         return int(_SHARE * self.vmem_bytes)
 
 
-_V5E, _V5P, _V6E = Generation(128 * _MIB, 128), Generation(64 * _MIB, 128), Generation(128 * _MIB, 256)
+_V5E, _V5P, _V6E = Generation(128 * _MIB, 128), Generation(64 * _MIB, 128, cores=2), Generation(128 * _MIB, 256)
 
 GENERATIONS = {
-    "TPU v4": Generation(16 * _MIB, 128),
+    "TPU v4": Generation(16 * _MIB, 128, cores=2),
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,
     "TPU v5": _V5P,

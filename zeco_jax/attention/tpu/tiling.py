@@ -192,7 +192,7 @@ def choose_tiling(
     heads_per_step: int | None,
     generation: Generation,
 ) -> Tiling:
-    """Cuts a call so that the blocks of a step fit VMEM.
+    """Cuts a call so that the blocks of a step fit VMEM, and all cores have work where there is enough.
 
     Args:
         shape: q's, [B, T, H, K].
@@ -211,11 +211,13 @@ def choose_tiling(
     chunk = min(chunk_size or generation.matrix_unit, 1 << (tokens - 1).bit_length())
     chunk = min(max(chunk, SMALLEST_CHUNK), LARGEST_CHUNK)
     sizes = (batch, tokens, heads, key_width, value_width, chunk)
-    for group in range(min(heads_per_step or MOST_HEADS, heads), 0, -1):
-        tiling = Tiling(*sizes, group, channel, jnp.dtype(dtype))
-        if heads % group == 0 and tiling.vmem_bytes <= generation.budget:
-            return tiling
-    raise NotImplementedError(
-        f"a head of K = {key_width}, V = {value_width} with chunks of {chunk} tokens takes "
-        f"{tiling.vmem_bytes / 2**20:.1f} MiB of VMEM, and it may take {generation.budget / 2**20:.1f}"
-    )
+    groups = [group for group in range(min(heads_per_step or MOST_HEADS, heads), 0, -1) if heads % group == 0]
+    tilings = [Tiling(*sizes, group, channel, jnp.dtype(dtype)) for group in groups]
+    fitting = [tiling for tiling in tilings if tiling.vmem_bytes <= generation.budget]
+    if not fitting:
+        raise NotImplementedError(
+            f"a head of K = {key_width}, V = {value_width} with chunks of {chunk} tokens takes "
+            f"{tilings[-1].vmem_bytes / 2**20:.1f} MiB of VMEM, and it may take {generation.budget / 2**20:.1f}"
+        )
+    shared_out = (tiling for tiling in fitting if math.prod(tiling.grid[:2]) % generation.cores == 0)
+    return next(shared_out, fitting[0])

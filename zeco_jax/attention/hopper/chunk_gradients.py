@@ -1,0 +1,497 @@
+"""Kernel: every gradient, for a decay per key channel, each chunk on its own."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper.launch import (
+    COMPUTING_REGISTERS,
+    PRODUCER_REGISTERS,
+    bfloat16,
+    float32,
+    hidden_zero,
+    launch,
+    stage_of,
+)
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.walk import Walk
+
+_FLIPPED = (1, 0)
+_SQUARE = (CHUNK, CHUNK)
+# What the exact levels find, in device memory: the scores, gradients of queries, keys and gates.
+_FOUND = 4
+# With it what waits there in the meantime, as the levels need the registers.
+_WAITING = 2
+
+
+def chunk_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: jax.Array,
+    dout: jax.Array,
+    totals: jax.Array,
+    strong: jax.Array,
+    some_strong: jax.Array,
+    states: jax.Array,
+    leaving: jax.Array,
+    *,
+    walk: Walk,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    r"""The gradients of queries, keys, values and gates, one tile of the keys at a time.
+
+    With b the gates' sums since the chunk began, S the state that enters the chunk and D the cotangent of the state
+    that leaves it, :math:`P_{ij}` the scores and :math:`E_{ij} = do_i \cdot v_j` for :math:`j \le i`:
+
+    .. math::
+        dq_i &= \text{scale}\; e^{b_i} \odot \Big(S do_i + \sum_j E_{ij} e^{-b_j} \odot k_j\Big) \\
+        dk_j &= e^{b_C - b_j} \odot D v_j + \text{scale} \sum_i E_{ij} e^{b_i - b_j} \odot q_i \\
+        dv_j &= \sum_i P_{ij} do_i + D^\top (e^{b_C - b_j} \odot k_j) \\
+        dg_t &= \sum_{s \ge t} (q \odot dq - k \odot dk^{intra})_s + \sum_{s < t} (k \odot dk^{state})_s
+                + e^{b_C} \odot (S \odot D) 1
+
+    The gate's gradient is summed from factors that are rounded once and shared with the products, so that what cancels
+    cancels exactly; nothing is summed over more than a chunk.
+
+    Args:
+        q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
+        k: [B, T, H, K] bfloat16.
+        v: [B, T, H, V] bfloat16, V a multiple of TILE.
+        gates: [B, T, H, K] float32.
+        dout: [B, T, H, V] bfloat16.
+        totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
+        strong: [B, H, chunks, K / HALF] int32, which of them are too strong for exponents of both signs.
+        some_strong: [B, H, stretches, K / TILE] int32, where a stretch has any.
+        states: [B, H, chunks, K, V] bfloat16, the state that enters each chunk.
+        leaving: [B, H, chunks, K, V] bfloat16, from D as `states.chunk_states` writes it.
+        walk: which chunks a block of threads takes.
+        scale: factor on the outputs.
+        interpret: simulate the kernel.
+
+    Returns:
+        dq and dk [B, T, H, K] bfloat16, dv [K / TILE, B, T, H, V] bfloat16, to be summed over its first axis,
+        and dgates [B, T, H, K] float32.
+    """
+    batch, _, heads, width = q.shape
+    halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
+    pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
+    *gradients, _ = launch(
+        partial(_gradients, walk=walk, scale=scale),
+        (q, k, v, gates, dout, totals, strong, some_strong, states, leaving),
+        (
+            bfloat16(*q.shape),
+            bfloat16(*k.shape),
+            bfloat16(width // TILE, *v.shape),
+            float32(*gates.shape),
+            float32(batch, heads, walk.stretches, width // TILE, COMPUTING, _FOUND + _WAITING, *_SQUARE),
+        ),
+        {
+            "q_tile": halves,
+            "k_tile": halves,
+            # The outputs' cotangents and the values.
+            "values_tile": tile.bf16_tile(2, CHUNK, TILE),
+            "leaving_tile": tile.bf16_tile(COMPUTING, HALF, TILE),
+            # Where they have been read, the two parts of what is summed over tokens take their place.
+            "gates_work": plgpu.RefUnion(tile.fp32_tile(COMPUTING, CHUNK, HALF), pairs),
+            "state_work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, HALF, TILE), pairs),
+            # On the way to device memory, and again parts of sums.
+            "staged": pairs,
+            # The products of outputs' cotangents and values, and the same flipped; a warpgroup computes one each.
+            "weights_tile": tile.bf16_tile(COMPUTING, *_SQUARE),
+            # Ones up to and including the diagonal, and below it.
+            "triangles": tile.bf16_tile(2, *_SQUARE),
+            # What crosses the chunk.
+            "vector": plgpu.SMEM((TILE,), jnp.float32),
+            "fetched": plgpu.Barrier(num_arrivals=2 * COMPUTING),
+            "used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "gates_fetched": plgpu.Barrier(num_arrivals=COMPUTING),
+            "gates_used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "values_fetched": plgpu.Barrier(num_arrivals=2 + COMPUTING),
+            "values_used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "state_fetched": plgpu.Barrier(num_arrivals=COMPUTING),
+            "state_used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "prepared": plgpu.Barrier(num_arrivals=COMPUTING),
+            "weighed": plgpu.Barrier(num_arrivals=COMPUTING),
+        },
+        name="chunk_gradients",
+        walk=walk,
+        # A block of threads goes through all tiles of the values.
+        state=(batch, heads, width, TILE),
+        interpret=interpret,
+        auto_barriers=False,
+    )
+    return tuple(gradients)
+
+
+def _gradients(
+    q: Ref,
+    k: Ref,
+    v: Ref,
+    gates: Ref,
+    dout: Ref,
+    totals: Ref,
+    strong: Ref,
+    some_strong: Ref,
+    states: Ref,
+    leaving: Ref,
+    nothing: Ref,
+    dq: Ref,
+    dk: Ref,
+    dv: Ref,
+    dgates: Ref,
+    exact: Ref,
+    *,
+    walk: Walk,
+    scale: float,
+    q_tile: Ref,
+    k_tile: Ref,
+    values_tile: Ref,
+    leaving_tile: Ref,
+    gates_work: Ref,
+    state_work: Ref,
+    staged: Ref,
+    weights_tile: Ref,
+    triangles: Ref,
+    vector: Ref,
+    fetched: Ref,
+    used: Ref,
+    gates_fetched: Ref,
+    gates_used: Ref,
+    values_fetched: Ref,
+    values_used: Ref,
+    state_fetched: Ref,
+    state_used: Ref,
+    prepared: Ref,
+    weighed: Ref,
+    staging: Ref | None,
+) -> None:
+    batch, head, stretch, key_tile = (lax.axis_index(name) for name in ("batch", "head", "stretch", "key_tile"))
+    warpgroup = lax.axis_index("warpgroup")
+    steps = walk.steps(stretch)
+    value_tiles = v.shape[-1] // TILE
+    gates_tile, gates_pairs = gates_work
+    state_tile, state_pairs = state_work
+    key_halves = [pl.ds(key_tile * TILE + i * HALF, HALF) for i in range(COMPUTING)]
+
+    @pl.when(warpgroup == PRODUCER)
+    def _fetch() -> None:
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+        @pl.loop(0, steps)
+        def _step(step: jax.Array) -> None:
+            chunk = walk.chunk(stretch, step)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            again = step >= 1
+
+            def fetch_values(value_tile: int | jax.Array) -> None:
+                of_values = pl.ds(value_tile * TILE, TILE)
+                for i, source in enumerate((dout, v)):
+                    place = source.at[batch, tokens, head, of_values]
+                    plgpu.copy_gmem_to_smem(place, values_tile.at[i], values_fetched)
+                for i, half in enumerate(key_halves):
+                    place = leaving.at[batch, head, chunk, half, of_values]
+                    plgpu.copy_gmem_to_smem(place, leaving_tile.at[i], values_fetched)
+
+            def fetch_state(value_tile: int | jax.Array) -> None:
+                of_values = pl.ds(value_tile * TILE, TILE)
+                for i, half in enumerate(key_halves):
+                    place = states.at[batch, head, chunk, half, of_values]
+                    plgpu.copy_gmem_to_smem(place, state_tile.at[i], state_fetched)
+
+            pl.when(again)(lambda: plgpu.barrier_wait(gates_used))
+            for i, half in enumerate(key_halves):
+                plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, half], gates_tile.at[i], gates_fetched)
+            pl.when(again)(lambda: plgpu.barrier_wait(values_used))
+            fetch_values(0)
+            pl.when(again)(lambda: plgpu.barrier_wait(used))
+            for source, target in ((q, q_tile), (k, k_tile)):
+                for i, half in enumerate(key_halves):
+                    plgpu.copy_gmem_to_smem(source.at[batch, tokens, head, half], target.at[i], fetched)
+            pl.when(again)(lambda: plgpu.barrier_wait(state_used))
+            fetch_state(0)
+
+            @pl.loop(1, value_tiles)
+            def _value_tile(value_tile: jax.Array) -> None:
+                plgpu.barrier_wait(values_used)
+                fetch_values(value_tile)
+                plgpu.barrier_wait(state_used)
+                fetch_state(value_tile)
+
+        # A barrier may not go while somebody has still to pass it.
+        for barrier in (gates_used, values_used, used, state_used):
+            plgpu.barrier_wait(barrier)
+
+    @pl.when(warpgroup < COMPUTING)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        stage = stage_of(staging, warpgroup)
+        product, products = partial(tile.product, staging=stage), partial(tile.products, staging=stage)
+        rows, columns = tile.indices()
+        # Kept in shared memory: in registers the compiler would keep them through the loop.
+        tile.write(triangles.at[warpgroup], tile.ones_where(columns - rows + warpgroup <= 0))
+        plgpu.barrier_arrive(weighed)
+        plgpu.barrier_wait(weighed)
+        own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
+
+        def step_body(step: jax.Array, _: None, *, some_strong: bool) -> None:
+            chunk = walk.chunk(stretch, step)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            zero = hidden_zero(step)
+            mine = warpgroup + zero
+            own_q, own_k = q_tile.at[mine], k_tile.at[mine]
+            lower, below = triangles.at[zero], triangles.at[1 + zero]
+            pair, late_pair, own_staged = gates_pairs.at[mine], state_pairs.at[mine], staged.at[mine]
+            ahead = columns - rows + zero
+            found = exact.at[batch, head, stretch, key_tile]
+            is_strong = [strong[batch, head, chunk, key_tile * COMPUTING + i] != 0 for i in range(COMPUTING)]
+            own_strong = strong[batch, head, chunk, key_tile * COMPUTING + mine] != 0
+
+            plgpu.barrier_wait(gates_fetched)
+            gate = jnp.maximum(tile.load(gates_tile.at[mine]), tile.WEAKEST_GATE)
+            # Everybody has read what is about to be written over.
+            plgpu.commit_smem()
+            tile.write_split(pair, gate)
+            plgpu.commit_smem()
+
+            def exponents() -> tuple[jax.Array, jax.Array]:
+                """Of the decays of queries and keys."""
+                sums = tile.summed(lower, pair, staging=stage)
+                if not some_strong:
+                    return sums, -sums
+                to_end = tile.summed(below.transpose(_FLIPPED), pair, staging=stage)
+                total = tile.load_global(totals.at[batch, head, chunk, own_keys], layout=tile.COLUMN)
+                return sums, jnp.where(tile.along_columns(total, CHUNK) < FACTORED_LIMIT, to_end, -sums)
+
+            if some_strong:
+                plgpu.barrier_wait(fetched)
+                finding = partial(_find_scores, own_q, own_k, pair, own_staged, scale, stage)
+                pl.when(own_strong)(partial(finding, found.at[mine, 0]))
+                of_queries, of_keys = exponents()
+            else:
+                of_queries, of_keys = exponents()
+                plgpu.barrier_arrive(gates_used)
+                plgpu.barrier_wait(fetched)
+            own_q[...] = (tile.load(own_q) * (jnp.exp(of_queries) * scale)).astype(jnp.bfloat16)
+            own_k[...] = (tile.load(own_k) * jnp.exp(of_keys)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(prepared)
+            plgpu.barrier_wait(prepared)
+
+            def score() -> tuple[jax.Array, jax.Array]:
+                """The scores, tokens of keys first, in two parts."""
+                terms = [(k_tile.at[i + zero], q_tile.at[i + zero].transpose(_FLIPPED)) for i in range(COMPUTING)]
+                if some_strong:
+                    scores = sum(
+                        lax.cond(is_strong[i], lambda _, i=i: tile.load_global(found.at[i, 0]), lambda x: x, scored)
+                        for i, scored in enumerate(product(_SQUARE, term) for term in terms)
+                    )
+                else:
+                    scores = product(_SQUARE, *terms)
+                return tile.split(tile.where_not_positive(-ahead, scores))
+
+            scores = score()
+            # Many tiles of the values leave no registers for the exponents.
+            stashed = own_staged.at[1], weights_tile.at[mine]
+            if value_tiles > 1:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for target, part in zip(stashed, tile.split(of_queries), strict=True):
+                    target[...] = part
+
+            def write_weights(weights: jax.Array) -> None:
+                weights = tile.where_not_positive(ahead * (1 - 2 * mine), weights)
+                weights_tile.at[mine][...] = weights.astype(jnp.bfloat16)
+
+            def pass_values(value_tile: int | jax.Array, passed: tuple[jax.Array, ...] | None) -> tuple[jax.Array, ...]:
+                """Adds a tile of the values to the weights, the gradients of queries and keys, and what crosses."""
+
+                def add(which: slice, *jobs: tile.Factors) -> tuple[jax.Array, ...]:
+                    if passed is None:
+                        return products(*((_SQUARE, [job]) for job in jobs))
+                    # Not at once: the registers hold no more.
+                    return tuple(x + product(_SQUARE, job) for x, job in zip(passed[which], jobs, strict=True))
+
+                zero = hidden_zero(step + value_tile)
+                mine = warpgroup + zero
+                own = tile.half(mine)
+                dout_tile, v_tile = values_tile.at[zero], values_tile.at[1 + zero]
+                own_state, own_leaving, own_staged = state_tile.at[mine], leaving_tile.at[mine], staged.at[mine, 0]
+                plgpu.barrier_wait(values_fetched)
+                plgpu.barrier_wait(state_fetched)
+                (weights,) = add(slice(1), (values_tile.at[mine], values_tile.at[1 - mine].transpose(_FLIPPED)))
+                if value_tiles == 1:
+                    write_weights(weights)
+                dq_state, dk_state = add(
+                    slice(1, 3),
+                    (dout_tile, own_state.transpose(_FLIPPED)),
+                    (v_tile, own_leaving.transpose(_FLIPPED)),
+                )
+                # The diagonal of a product is cheaper than products of numbers, which would have to be read first.
+                crossing = product(_SQUARE, (own_state, own_leaving.transpose(_FLIPPED)))
+                crossing = jnp.sum(jnp.where(rows == columns + zero, crossing, 0.0), axis=1)
+                crossing = crossing if passed is None else crossing + passed[3]
+                dv_own = product(
+                    _SQUARE,
+                    *((part, dout_tile.at[:, own]) for part in scores),
+                    *((k_tile.at[i + zero], leaving_tile.at[i + zero, :, own]) for i in range(COMPUTING)),
+                )
+                plgpu.barrier_arrive(values_used)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                own_staged[...] = dv_own.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                own_values = pl.ds(value_tile * TILE + mine * HALF, HALF)
+                plgpu.copy_smem_to_gmem(own_staged, dv.at[key_tile, batch, tokens, head, own_values])
+                return weights, dq_state, dk_state, crossing
+
+            def pass_more(value_tile: jax.Array, passed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                plgpu.barrier_arrive(state_used)
+                return pass_values(value_tile, passed)
+
+            passed = pass_values(0, None)
+            if value_tiles > 1:
+                passed = lax.fori_loop(1, value_tiles, pass_more, passed)
+                of_queries = sum(tile.load(part) for part in stashed)
+                of_keys = -of_queries
+                write_weights(passed[0])
+            _, dq_state, dk_state, crossing = passed
+            tile.write_split(late_pair, tile.load(own_k) * dk_state)
+            if some_strong:
+                total = tile.load_global(totals.at[batch, head, chunk, own_keys], layout=tile.ROW)
+                crossing *= jnp.exp(jnp.where(total < FACTORED_LIMIT, total, 0.0))
+            vector[tile.half(mine)] = crossing
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(weighed)
+            plgpu.barrier_wait(weighed)
+
+            de, de_flipped = weights_tile.at[zero], weights_tile.at[1 + zero]
+            de_left, de_flipped_left = de, de_flipped
+            if some_strong:
+                for i, x in enumerate((dq_state, dk_state), start=_FOUND):
+                    found[mine, i] = x
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                places = (x.at[batch, tokens, head, own_keys] for x in (q, k))
+                finding = partial(_find_gradients, *places, de, de_flipped, pair, own_staged, scale, stage)
+                pl.when(own_strong)(partial(finding, found.at[mine]))
+                dq_state, dk_state = (tile.load_global(found.at[mine, i]) for i in range(_FOUND, _FOUND + _WAITING))
+                # The levels have done what is within the chunk.
+                factored = 1.0 - own_strong.astype(jnp.float32)
+                de_left, de_flipped_left = ((tile.load(x) * factored).astype(jnp.bfloat16) for x in (de, de_flipped))
+            dk_own, dq_own, dgate = products(
+                (_SQUARE, [(de_flipped_left, own_q)]),
+                (_SQUARE, [(de_left, own_k)]),
+                (_SQUARE, [(below, late_pair.at[i]) for i in range(2)]),
+            )
+            dq_own += dq_state
+            moved = tile.load(own_q) * dq_own - tile.load(own_k) * dk_own
+            plgpu.barrier_arrive(state_used)
+            plgpu.barrier_arrive(used)
+            if some_strong:
+                of_queries, of_keys = exponents()
+                plgpu.barrier_arrive(gates_used)
+            else:
+                # Unknown to the compiler the same as before: it would keep the exponentials until now.
+                again = lax.shift_right_logical(step, 25).astype(jnp.float32)
+                of_queries, of_keys = of_queries + again, of_keys + again
+            dq_own *= jnp.exp(of_queries) * scale
+            dk_own = (dk_own + dk_state) * jnp.exp(of_keys)
+            dgate += tile.along_columns(plgpu.load(vector.at[tile.half(mine)], layout=tile.COLUMN), CHUNK)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if some_strong:
+                dq_own, dk_own, dgate = (
+                    lax.cond(own_strong, lambda x, i=i: x + tile.load_global(found.at[mine, i]), lambda x: x, x)
+                    for i, x in enumerate((dq_own, dk_own, dgate), start=1)
+                )
+            tile.write_split(own_staged, moved)
+            plgpu.commit_smem()
+            dgate += tile.summed(lower.transpose(_FLIPPED), own_staged, staging=stage)
+            dgates[batch, tokens, head, own_keys] = dgate
+            plgpu.commit_smem()
+            own_staged[0], own_staged[1] = dq_own.astype(jnp.bfloat16), dk_own.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            for i, target in enumerate((dq, dk)):
+                plgpu.copy_smem_to_gmem(own_staged.at[i], target.at[batch, tokens, head, own_keys])
+
+        def walk_through(*, some_strong: bool) -> None:
+            lax.fori_loop(0, steps + nothing[0], partial(step_body, some_strong=some_strong), None)
+
+        # A loop of its own for what most stretches are: it needs fewer registers than there are.
+        is_any_strong = some_strong[batch, head, stretch, key_tile] != 0
+        pl.when(is_any_strong)(partial(walk_through, some_strong=True))
+        pl.when(jnp.logical_not(is_any_strong))(partial(walk_through, some_strong=False))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _find_scores(q: Ref, k: Ref, gates: Ref, work: Ref, scale: float, staging: Ref | None, found: Ref) -> None:
+    """Scores of a chunk with strong gates, tokens of keys first, level by level, into device memory."""
+    rows, columns = tile.indices()
+    level_q, level_k = work.at[0], work.at[1]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def add_level(level: jax.Array, scores: jax.Array) -> jax.Array:
+        reached = levels.reached(rows, columns, level)
+        decays = jnp.exp(tile.summed(tile.ones_where(reached), gates, staging=staging))
+        # No warp may still be reading what is about to be written.
+        plgpu.commit_smem()
+        level_q[...] = (tile.load(q) * decays * scale).astype(jnp.bfloat16)
+        level_k[...] = (tile.load(k) * decays).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        scored = tile.product(_SQUARE, (level_k, level_q.transpose(_FLIPPED)), staging=staging)
+        return scores + jnp.where(levels.parted(columns, rows, level), scored, 0.0)
+
+    found[...] = lax.fori_loop(0, levels.LEVELS, add_level, tile.zeros(*_SQUARE))
+
+
+def _find_gradients(
+    q: Ref,
+    k: Ref,
+    de: Ref,
+    de_flipped: Ref,
+    gates: Ref,
+    work: Ref,
+    scale: float,
+    staging: Ref | None,
+    found: Ref,
+) -> None:
+    """Gradients within a chunk with strong gates, level by level, into device memory."""
+    rows, columns = tile.indices()
+    level_q, level_k = work.at[0], work.at[1]
+
+    def add(index: int, x: jax.Array) -> None:
+        """Adds to what waits in device memory."""
+        found[index] = tile.load_global(found.at[index]) + x
+
+    def weigh(weights: Ref, parted: jax.Array) -> jax.Array:
+        return (tile.load(weights) * parted.astype(jnp.float32)).astype(jnp.bfloat16)
+
+    for index in range(1, _FOUND):
+        found[index] = tile.zeros(*_SQUARE)
+
+    @pl.loop(0, levels.LEVELS)
+    def _level(level: jax.Array) -> None:
+        reached = levels.reached(rows, columns, level)
+        decays = jnp.exp(tile.summed(tile.ones_where(reached), gates, staging=staging))
+        # No warp may still be reading what is about to be written.
+        plgpu.commit_smem()
+        level_q[...] = (tile.load_global(q).astype(jnp.float32) * decays * scale).astype(jnp.bfloat16)
+        level_k[...] = (tile.load_global(k).astype(jnp.float32) * decays).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        dqs = tile.product(_SQUARE, (weigh(de, levels.parted(rows, columns, level)), level_k), staging=staging)
+        add(1, dqs * decays * scale)
+        moved = tile.load(level_q) * dqs
+        dks = tile.product(_SQUARE, (weigh(de_flipped, levels.parted(columns, rows, level)), level_q), staging=staging)
+        add(2, dks * decays)
+        moved += tile.load(level_k) * dks
+        plgpu.commit_smem()
+        tile.write_split(work, moved)
+        plgpu.commit_smem()
+        weights = tile.ones_where(levels.reached(columns, rows, level))
+        add(3, tile.summed(weights, work, staging=staging))
+
+    # The place is needed for what follows.
+    plgpu.commit_smem()

@@ -69,7 +69,7 @@ class MemoryConfig:
     settings: tuple[Setting, ...] = SETTINGS
     """Which of the four."""
     chunk_tokens: int | None = None
-    """Tokens of a chunk; None: 8192, on CPUs 256. Lengths are rounded up to whole chunks."""
+    """Tokens of a chunk; None: 8192, on CPUs 256. Where sequences are chunked, lengths are rounded up to whole chunks."""
     longest: bool = False
     """Look for the longest sequence that fits."""
     limit_gib: float | None = None
@@ -169,7 +169,7 @@ def for_this_machine(config: MemoryConfig) -> MemoryConfig:
     return replace(
         config,
         model=config.model or ("tiny" if small else "340m"),
-        lengths=tuple(sorted({-(-length // chunk) * chunk for length in lengths})),
+        lengths=tuple(sorted(set(lengths))),
         chunk_tokens=chunk,
         limit_gib=limit,
         precision=config.precision or ("float32" if small else "bfloat16"),
@@ -276,21 +276,25 @@ def measure_setting(config: MemoryConfig, setting: Setting) -> SettingResult:
     """All lengths of a setting, from the shortest, and the longest that fits; for a process of its own."""
     config = for_this_machine(config)
     compiled = cache(partial(compile_step, config, setting))
-    measurements = [run_step(compiled(length), config.steps) for length in config.lengths]
+    unit = config.chunk_tokens if setting == "seco" else 1
+    lengths = sorted({-(-length // unit) * unit for length in config.lengths})
+    measurements = [run_step(compiled(length), config.steps) for length in lengths]
     if config.longest:
-        measurements.append(measure_longest(config, setting, compiled))
+        measurements.append(measure_longest(config, setting, compiled, shortest=lengths[0]))
     device = jax.devices()[0]
     return SettingResult(device.device_kind, device.platform, config, measurements)
 
 
-def measure_longest(config: MemoryConfig, setting: Setting, compiled: Callable[[int], CompiledStep]) -> Measurement:
+def measure_longest(
+    config: MemoryConfig, setting: Setting, compiled: Callable[[int], CompiledStep], *, shortest: int
+) -> Measurement:
     """Looks for the longest sequence that fits by the compiler's figure and runs it, or a shorter one if it must be."""
 
     def takes(length: int) -> float:
         size = compiled(length).measured.compiled_bytes
         return math.inf if size is None else size
 
-    shortest, unit = min(config.lengths), search_unit(config, setting)
+    unit = search_unit(config, setting)
     length = search(takes, shortest, config.limit_gib * GIB, unit=unit, most=config.most_tokens)
     while length is not None and length >= shortest:
         result = run_step(compiled(length), config.steps)

@@ -16,7 +16,7 @@ def test_writes_table_record_and_figure(tmp_path, capsys):
     result = json.loads((tmp_path / "memory.json").read_text())
     rows = result["measurements"]
     # In the order in which each adds to the one before; lengths in whole chunks.
-    assert [(row["setting"], row["length"]) for row in rows] == [("remat", 512), ("seco", 512)]
+    assert [(row["setting"], row["length"]) for row in rows] == [("remat", 500), ("seco", 512)]
     assert rows[0]["compiled_bytes"] > rows[1]["compiled_bytes"] > 0
     # A CPU doesn't count.
     assert {row["peak_bytes"] for row in rows} == {None}
@@ -74,7 +74,7 @@ def test_what_fits_on_paper_but_not_on_the_device_is_shortened(monkeypatch):
         return dataclasses.replace(compiled.measured, problem=problem)
 
     monkeypatch.setattr(memory, "run_step", run_step)
-    result = memory.measure_longest(config, "plain", compiled)
+    result = memory.measure_longest(config, "plain", compiled, shortest=64)
     assert result.longest
     assert 860 < result.length <= 900
 

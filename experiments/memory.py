@@ -69,7 +69,7 @@ class MemoryConfig:
     settings: tuple[Setting, ...] = SETTINGS
     """Which of the four."""
     chunk_tokens: int | None = None
-    """Tokens of a chunk; None: 8192, on CPUs 256. Where sequences are chunked, lengths are rounded up to whole chunks."""
+    """Tokens of a chunk; None: 8192, on CPUs 256. "seco" rounds lengths up to whole chunks."""
     longest: bool = False
     """Look for the longest sequence that fits."""
     limit_gib: float | None = None

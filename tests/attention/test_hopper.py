@@ -19,11 +19,18 @@ from zeco_jax.collectives import AllScanOptions
 from zeco_jax.parallel import AllScanExchange
 
 
-def simulated(q, k, v, log_decay=None, *, scale=None, initial_state=None, segment_ids=None):
-    """As `zeco_jax.linear_attention`, on any device."""
-    backend = HopperBackend(scale=q.shape[-1] ** -0.5 if scale is None else scale, interpret=True)
+def attention(
+    q, k, v, log_decay=None, *, scale=None, initial_state=None, segment_ids=None, interpret=False, shares_keys=False
+):
+    """As `zeco_jax.linear_attention`, by a backend with options."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend = HopperBackend(scale, interpret=interpret, shares_keys=shares_keys)
     starts = None if segment_ids is None else document_starts(segment_ids, segment_ids[:, :1])
     return attend(q, k, v, log_decay, backend=backend, initial_state=initial_state, starts=starts)
+
+
+simulated = partial(attention, interpret=True)
+WIDE = {"decay": "channel", "key_width": 144, "value_width": 264}
 
 
 def case(name, decay, regimes, tokens, **options):
@@ -64,6 +71,16 @@ def in_bfloat16(case):
     return dataclasses.replace(case, dtype="bfloat16", options=options)
 
 
+class TestHopperSharingKeys(LinearAttentionContract):
+    attend = staticmethod(partial(simulated, shares_keys=True))
+    covers = (case("mixed-packed", regimes=("mixed",), tokens=130, segments="odd_places", **WIDE),)
+
+
+class TestHopperSharingKeysInOneStretch(OneStretch, LinearAttentionContract):
+    attend = staticmethod(partial(simulated, shares_keys=True))
+    covers = (case("chunks", regimes=("sometimes_zero",), tokens=190, **WIDE),)
+
+
 @pytest.mark.gpu
 class TestHopperOnGpu(LinearAttentionContract):
     attend = staticmethod(partial(zeco_jax.linear_attention, backend="hopper"))
@@ -78,6 +95,15 @@ class TestHopperInOneStretchOnGpu(OneStretch, LinearAttentionContract):
         for decay in ("channel", "token")
         for key_width, value_width in ((128, 128), (256, 512))
         for widths in ({"key_width": key_width, "value_width": value_width},)
+    )
+
+
+@pytest.mark.gpu
+class TestHopperSharingKeysOnGpu(OneStretch, LinearAttentionContract):
+    attend = staticmethod(partial(attention, shares_keys=True))
+    covers = tuple(
+        case(f"chunks-{key_width}-512", "channel", cases.EVERY_REGIME, 320, key_width=key_width, value_width=512)
+        for key_width in (128, 256)
     )
 
 
@@ -136,22 +162,50 @@ def test_stretches_fill_the_machine_and_do_not_outnumber_the_chunks():
     assert plan.stretches(1000, 100) == 1
 
 
+def test_the_part_that_needs_no_state_can_be_done_before():
+    (case,) = TestHopperSharingKeys.covers
+    backend = HopperBackend(interpret=True, shares_keys=True)
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(1, case.tokens, 2, width)), jnp.bfloat16)
+        for width in (WIDE["key_width"], WIDE["key_width"], WIDE["value_width"])
+    )
+    gates = jnp.asarray(-rng.uniform(size=q.shape), jnp.float32)
+    state = jnp.asarray(rng.normal(size=(1, 2, q.shape[-1], v.shape[-1])), jnp.float32)
+    out, _ = jax.jit(backend.replay)(q, k, v, gates, state)
+    prepared = jax.jit(backend.prepare)(k, v, gates)
+    intra = jax.jit(backend.replay_intra)(q, k, v, gates, prepared=prepared)
+    later = jax.jit(backend.replay_inter)(q, k, v, gates, state, intra, prepared=prepared)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(later, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("width", "shares_keys", "kernels"),
+    [
+        # Summaries once forward and once backward, however many parts need them; the replay, which keeps the states of
+        # the chunks; their cotangents; gradients.
+        pytest.param(128, False, 5, id="narrow"),
+        # Keys decayed forward, backward and, as they aren't kept, once more; scores; states in each direction, of the
+        # stretches and of the chunks; outputs; gradients.
+        pytest.param(512, True, 10, id="shares-keys"),
+    ],
+)
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_lowers_over_ranks(check_vma):
+def test_lowers_over_ranks(check_vma, width, shares_keys, kernels):
     """The kernels next to an exchange; the simulator knows no meshes, so only lowered."""
     exchange = AllScanExchange(AllScanOptions("seq", "chain"))
     spec = PartitionSpec(None, "seq")
 
-    def local(q, log_decay):
-        return attend(q, q, q, log_decay, backend=HopperBackend(), exchange=exchange)[0]
+    def local(q, v, log_decay):
+        backend = HopperBackend(shares_keys=shares_keys)
+        return attend(q, q, v, log_decay, backend=backend, exchange=exchange)[0]
 
-    def loss(q, log_decay):
-        ranks = jax.shard_map(local, mesh=mesh(seq=2), in_specs=(spec, spec), out_specs=spec, check_vma=check_vma)
-        return jnp.sum(ranks(q, log_decay).astype(jnp.float32))
+    def loss(q, v, log_decay):
+        ranks = jax.shard_map(local, mesh=mesh(seq=2), in_specs=3 * (spec,), out_specs=spec, check_vma=check_vma)
+        return jnp.sum(ranks(q, v, log_decay).astype(jnp.float32))
 
-    q = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
+    q, v = (jax.ShapeDtypeStruct((1, 256, 1, n), jnp.bfloat16) for n in (128, width))
     log_decay = jax.ShapeDtypeStruct(q.shape, jnp.float32)
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, log_decay).lower(lowering_platforms=("cuda",))
-    # Summaries once forward and once backward, however many parts need them; the replay, which keeps the states of
-    # the chunks; their cotangents; gradients.
-    assert lowered.as_text().count("custom_call @mosaic_gpu") == 5
+    with_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    lowered = with_gradients.trace(q, v, log_decay).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels

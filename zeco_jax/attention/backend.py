@@ -88,8 +88,8 @@ class Backend(ABC):
         """What `summarize`, `replay` and the gradients have in common, or None.
 
         A backend that returns something takes it back, as the keyword `prepared` of `summarize`, `replay`,
-        `replay_inter`, `replay_adjoint` and `replay_inter_adjoint`. Rematerialisation keeps it: it should be small
-        beside the outputs.
+        `replay_intra`, `replay_inter`, `replay_adjoint` and `replay_inter_adjoint`. Rematerialisation keeps it: it
+        should be small beside the outputs.
         """
         del k, v, gates
 
@@ -133,9 +133,9 @@ class Backend(ABC):
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state."""
 
-    def replay_intra(self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array) -> jax.Array | None:
-        """The part of the outputs that doesn't need the entering state, or None if all is left to `replay`."""
-        del q, k, v, gates
+    def replay_intra(self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, **prepared: Any) -> Any:
+        """What of the replay doesn't need the entering state, or None if all is left to `replay`."""
+        del q, k, v, gates, prepared
 
     def replay_inter(
         self,
@@ -144,7 +144,7 @@ class Backend(ABC):
         v: jax.Array,
         gates: jax.Array,
         state_in: jax.Array,
-        intra: jax.Array,
+        intra: Any,
         **prepared: Any,
     ) -> jax.Array:
         """The outputs, given the entering state and what `replay_intra` returned."""

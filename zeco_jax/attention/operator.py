@@ -153,7 +153,7 @@ def _forward(
     summary = backend.summarize(k, v, gates, **prepared)
     state_in = checkpoint_name(exchange.forward(summary, initial_state), "entering_state")
     # Independent of the exchange, so that it can run while the state travels.
-    arrived, intra = _together(state_in, backend.replay_intra(q, k, v, gates))
+    arrived, intra = _together(state_in, backend.replay_intra(q, k, v, gates, **prepared))
     if intra is None:
         (out, _), kept = replay(arrived)
     else:

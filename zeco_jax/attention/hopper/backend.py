@@ -8,14 +8,18 @@ import jax.numpy as jnp
 
 from zeco_jax.attention.backend import Backend, Call, Gradients, Summary
 from zeco_jax.attention.hopper.channel import ChannelDecays
+from zeco_jax.attention.hopper.decayed_scores import Decayed
 from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.scalar import ScalarDecays
 from zeco_jax.attention.hopper.tile import CHUNK, TILE
 from zeco_jax.attention.hopper.walk import Walk
+from zeco_jax.attention.hopper.wide_channel import WideChannelDecays
 from zeco_jax.platforms import device_in_scope
 
 _WIDEST_KEY = 256
 _WIDEST_VALUE = 512
+# From so many tiles of values on, keys decayed once for all of them pay for their way through device memory.
+_MANY_VALUE_TILES = 3
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,14 @@ class HopperBackend(Backend):
     summaries gives the state that enters each, one pass replays them. See NOTES.md in this folder.
 
     Attributes:
+        shares_keys: heads of three tiles of values (V > 256) and a decay per channel have their queries, keys and
+            scores decayed once for all of these tiles. Not measured on a GPU yet, see NOTES.md.
         interpret: simulate the kernels, on any device.
     """
 
     takes_infinite_gates: ClassVar[bool] = True
 
+    shares_keys: bool = field(default=False, kw_only=True)
     interpret: bool = field(default=False, kw_only=True)
 
     def check(self, call: Call) -> None:
@@ -50,11 +57,14 @@ class HopperBackend(Backend):
 
     def prepare(self, k: jax.Array, v: jax.Array, gates: jax.Array) -> "_Summaries":
         """The summaries of the stretches."""
-        return _Work.of(k, v, gates, self.interpret).summaries()
+        return self._work(k, v, gates).summaries()
 
     def prepare_adjoint(self, q: jax.Array, gates: jax.Array, dout: jax.Array) -> "_Summaries":
         """The summaries of the stretches, walked backwards."""
-        return _Work.of(q, dout, gates, self.interpret).summaries(reverse=True, scale=self.scale)
+        return self._work(q, dout, gates).summaries(reverse=True, scale=self.scale)
+
+    def _work(self, keys: jax.Array, values: jax.Array, gates: jax.Array) -> "_Work":
+        return _Work.of(keys, values, gates, shares_keys=self.shares_keys, interpret=self.interpret)
 
     def summarize(
         self, k: jax.Array, v: jax.Array, gates: jax.Array, *, prepared: "_Summaries | None" = None
@@ -87,18 +97,56 @@ class HopperBackend(Backend):
         state_in: jax.Array,
         *,
         prepared: "_Summaries | None" = None,
+        intra: Decayed | None = None,
         keep_states: bool = True,
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
         """As `replay`; keeps the chunks' states where the kernel can write them on its way."""
-        work = _Work.of(k, v, gates, self.interpret)
+        work = self._work(k, v, gates)
         prepared = prepared or work.summaries()
         entering, state_out = prepared.enter(work.pad_state(state_in), reverse=False)
         walk = work.walk(reverse=False)
         out, states = work.decays.replay(
-            _pad(q), work.keys, work.values, prepared.totals, entering, walk, self.scale, keep_states=keep_states
+            _pad(q),
+            work.keys,
+            work.values,
+            prepared.totals,
+            entering,
+            walk,
+            self.scale,
+            intra=intra,
+            keep_states=keep_states,
         )
         results = work.cut(out, work.value_width), work.cut_state(state_out)
         return results, {} if states is None else {"states": states}
+
+    def replay_intra(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        *,
+        prepared: "_Summaries | None" = None,
+    ) -> Decayed | None:
+        """With many tiles of values: queries, keys and scores, decayed."""
+        work = self._work(k, v, gates)
+        prepared = prepared or work.summaries()
+        return work.decays.intra(_pad(q), work.keys, prepared.totals, self.scale)
+
+    def replay_inter(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        intra: Decayed,
+        *,
+        prepared: "_Summaries | None" = None,
+    ) -> jax.Array:
+        """The outputs, given the entering state and what `replay_intra` returned."""
+        kept = self.replay_keeping(q, k, v, gates, state_in, prepared=prepared, intra=intra, keep_states=False)
+        return kept[0][0]
 
     def summarize_adjoint(
         self, q: jax.Array, gates: jax.Array, dout: jax.Array, *, prepared_adjoint: "_Summaries | None" = None
@@ -126,7 +174,7 @@ class HopperBackend(Backend):
 
         `states` are those that `replay_keeping` kept.
         """
-        work = _Work.of(k, v, gates, self.interpret)
+        work = self._work(k, v, gates)
         prepared = prepared or work.summaries()
         later = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
         q, dout = _pad(q), _pad(dout.astype(v.dtype))
@@ -135,7 +183,16 @@ class HopperBackend(Backend):
             states = work.decays.chunk_states(work.keys, work.values, entering, work.walk(reverse=False))
         leaving, dstate_in = later.enter(work.pad_state(dstate_out), reverse=True)
         dq, dk, dv, dgates = work.decays.gradients(
-            q, work.keys, work.values, dout, prepared.totals, states, leaving, work.walk(reverse=True), self.scale
+            q,
+            work.keys,
+            work.values,
+            dout,
+            prepared.totals,
+            states,
+            leaving,
+            work.walk(reverse=True),
+            self.scale,
+            decayed=later.keys,
         )
         dgates = work.cut(dgates, gates.shape[-1])
         if gates.shape[0] < dgates.shape[0]:
@@ -147,10 +204,14 @@ class HopperBackend(Backend):
 
 
 class _Summaries(NamedTuple):
-    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1]."""
+    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1].
+
+    In reverse also the decayed queries [B, T, H, K], where there are any.
+    """
 
     states: jax.Array
     totals: jax.Array
+    keys: jax.Array | None = None
 
     def enter(self, first: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array]:
         """The state that enters each stretch, given that of the first one walked; and what leaves the last one."""
@@ -170,16 +231,22 @@ class _Work(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
-    decays: ChannelDecays | ScalarDecays
+    decays: ChannelDecays | WideChannelDecays | ScalarDecays
     tokens: int
     key_width: int
     value_width: int
 
     @classmethod
-    def of(cls, keys: jax.Array, values: jax.Array, gates: jax.Array, interpret: bool) -> "_Work":
+    def of(cls, keys: jax.Array, values: jax.Array, gates: jax.Array, *, shares_keys: bool, interpret: bool) -> "_Work":
         """Pads with zeros: keys and values that add nothing, gates that don't decay."""
-        decays = ScalarDecays.of(gates, interpret) if gates.shape[-1] == 1 else ChannelDecays(_pad(gates), interpret)
-        return cls(_pad(keys), _pad(values), decays, keys.shape[1], keys.shape[-1], values.shape[-1])
+        tokens, key_width, value_width = keys.shape[1], keys.shape[-1], values.shape[-1]
+        keys, values = _pad(keys), _pad(values)
+        if gates.shape[-1] == 1:
+            decays = ScalarDecays.of(gates, interpret)
+        else:
+            is_wide = shares_keys and values.shape[-1] >= _MANY_VALUE_TILES * TILE
+            decays = (WideChannelDecays if is_wide else ChannelDecays)(_pad(gates), interpret)
+        return cls(keys, values, decays, tokens, key_width, value_width)
 
     def walk(self, *, reverse: bool) -> Walk:
         """The stretches."""

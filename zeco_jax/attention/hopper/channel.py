@@ -29,6 +29,10 @@ class ChannelDecays(NamedTuple):
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
         return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)
 
+    def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
+        """Nothing: the replay needs the state for all it does."""
+        del q, k, totals, scale
+
     def replay(
         self,
         q: jax.Array,
@@ -39,9 +43,11 @@ class ChannelDecays(NamedTuple):
         walk: Walk,
         scale: float,
         *,
+        intra: None = None,
         keep_states: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
         """The outputs [B, T, H, V], and the chunks' states where they are to be kept."""
+        del intra
         # Wider states cost more than they save where rematerialisation runs the replay twice, see NOTES.md.
         keep_states = keep_states and max(q.shape[-1], v.shape[-1]) <= TILE
         out, *states = replay_channel(
@@ -50,7 +56,7 @@ class ChannelDecays(NamedTuple):
             v,
             self.gates,
             totals,
-            *_strong(totals, walk),
+            *strong_chunks(totals, walk),
             entering,
             walk=walk,
             scale=scale,
@@ -70,29 +76,42 @@ class ChannelDecays(NamedTuple):
         leaving: jax.Array,
         walk: Walk,
         scale: float,
+        *,
+        decayed: jax.Array | None = None,
     ) -> tuple[jax.Array, ...]:
         """The gradients of q, k, v and the gates."""
+        del decayed
         cotangents = chunk_states(q, dout, self.gates, leaving, walk=walk, scale=scale, interpret=self.interpret)
-        batch, _, heads, width = q.shape
-        walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks))
-        dq, dk, dv, dgates = chunk_gradients(
-            q,
-            k,
-            v,
-            self.gates,
-            dout,
-            totals,
-            *_strong(totals, walk),
-            states,
-            cotangents,
-            walk=walk,
-            scale=scale,
-            interpret=self.interpret,
+        return channel_gradients(
+            q, k, v, self.gates, dout, totals, states, cotangents, scale=scale, interpret=self.interpret
         )
-        return dq, dk, summed_tiles(dv), dgates
 
 
-def _strong(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
+def channel_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    gates: jax.Array,
+    dout: jax.Array,
+    totals: jax.Array,
+    states: jax.Array,
+    cotangents: jax.Array,
+    *,
+    scale: float,
+    interpret: bool,
+) -> tuple[jax.Array, ...]:
+    """The gradients of q, k, v and the gates, from the states and cotangents at the borders of every chunk."""
+    batch, _, heads, width = q.shape
+    chunks = totals.shape[2]
+    walk = Walk(chunks, stretches(batch * heads * (width // TILE), chunks))
+    strong = strong_chunks(totals, walk)
+    dq, dk, dv, dgates = chunk_gradients(
+        q, k, v, gates, dout, totals, *strong, states, cotangents, walk=walk, scale=scale, interpret=interpret
+    )
+    return dq, dk, summed_tiles(dv), dgates
+
+
+def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
     """Which chunks decay too strongly to be factored, by half tiles of channels, and which stretches have any."""
     batch, heads, chunks, width = totals.shape
     by_chunk = jnp.min(totals.reshape(batch, heads, chunks, width // HALF, HALF), axis=-1) < FACTORED_LIMIT

@@ -37,6 +37,10 @@ class ScalarDecays(NamedTuple):
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
         return chunk_states_scalar(k, v, self.sums, entering, walk=walk, interpret=self.interpret)
 
+    def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
+        """Nothing: the replay needs the state for all it does."""
+        del q, k, totals, scale
+
     def replay(
         self,
         q: jax.Array,
@@ -47,10 +51,11 @@ class ScalarDecays(NamedTuple):
         walk: Walk,
         scale: float,
         *,
+        intra: None = None,
         keep_states: bool = False,
     ) -> tuple[jax.Array, None]:
         """The outputs [B, T, H, V]; the chunks' states are computed again for the gradients."""
-        del totals, keep_states
+        del totals, intra, keep_states
         out = replay_scalar(q, k, v, self.sums, entering, walk=walk, scale=scale, interpret=self.interpret)
         return out, None
 
@@ -65,9 +70,11 @@ class ScalarDecays(NamedTuple):
         leaving: jax.Array,
         walk: Walk,
         scale: float,
+        *,
+        decayed: None = None,
     ) -> tuple[jax.Array, ...]:
         """The gradients of q, k, v and the gates [B, T, H, 1]."""
-        del totals
+        del totals, decayed
         dq, dk, dv, *parts = gradients_scalar(
             q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret
         )

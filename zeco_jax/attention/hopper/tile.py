@@ -105,16 +105,37 @@ def products(*jobs: tuple[tuple[int, int], Sequence[Factors]], staging: Ref | No
     """
 
     def multiply(*results: Ref) -> tuple[jax.Array, ...]:
-        for result, (_, terms) in zip(results, jobs, strict=True):
-            for left, right in terms:
-                if staging is not None and isinstance(left, jax.Array):
-                    staging[...] = left
-                    plgpu.commit_smem()
-                    left = staging
-                plgpu.wgmma(result, left, right)
+        _multiply(results, [terms for _, terms in jobs], staging)
         return tuple(result[...] for result in results)
 
     return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape, _ in jobs))
+
+
+def added_products(*jobs: tuple[jax.Array, Sequence[Factors]], staging: Ref | None) -> tuple[jax.Array, ...]:
+    """As `products`, but added to matrices, in the registers where these are.
+
+    Args:
+        *jobs: what is added to, and the factors of the terms.
+        staging: as in `products`; interpret mode knows no such registers either, and adds afterwards.
+    """
+    if staging is not None:
+        found = products(*((x.shape, terms) for x, terms in jobs), staging=staging)
+        return tuple(x + y for (x, _), y in zip(jobs, found, strict=True))
+
+    def multiply(results: tuple[Ref, ...]) -> None:
+        _multiply(results, [terms for _, terms in jobs], staging)
+
+    return pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x, _ in jobs))
+
+
+def _multiply(results: Sequence[Ref], jobs: Sequence[Sequence[Factors]], staging: Ref | None) -> None:
+    for result, terms in zip(results, jobs, strict=True):
+        for left, right in terms:
+            if staging is not None and isinstance(left, jax.Array):
+                staging[...] = left
+                plgpu.commit_smem()
+                left = staging
+            plgpu.wgmma(result, left, right)
 
 
 def product(shape: tuple[int, int], *terms: Factors, staging: Ref | None) -> jax.Array:

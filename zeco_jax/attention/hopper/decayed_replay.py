@@ -1,0 +1,184 @@
+"""Kernel: outputs from queries, keys and scores that have been decayed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from zeco_jax.attention.hopper import tile
+from zeco_jax.attention.hopper.decayed_scores import Decayed
+from zeco_jax.attention.hopper.launch import (
+    COMPUTING_REGISTERS,
+    PRODUCER_REGISTERS,
+    bfloat16,
+    hidden_zero,
+    launch,
+    stage_of,
+)
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.walk import Walk
+
+# Chunks' values and scores in flight, and tiles of queries and keys.
+_SLOTS = 2
+_KEY_SLOTS = 3
+
+
+def decayed_replay(
+    decayed: Decayed,
+    values: jax.Array,
+    totals: jax.Array,
+    entering: jax.Array,
+    *,
+    walk: Walk,
+    interpret: bool = False,
+) -> jax.Array:
+    r"""The outputs of every token; a block of threads holds the states of all key channels for a tile of the values.
+
+    .. math::
+        o_i = \tilde q_i S + \sum_{j \le i} P_{ij} v_j, \qquad
+        S \leftarrow e^{b_C} \odot S + \sum_j \tilde k_j v_j^\top
+
+    Args:
+        decayed: queries, keys and scores of every chunk.
+        values: [B, T, H, V] bfloat16, T a multiple of CHUNK, V of TILE.
+        totals: [B, H, chunks, K] float32, the gates' sums over each chunk; K at most two tiles.
+        entering: [B, H, stretches, K, V] float32, the state that enters each stretch.
+        walk: the stretches, forward.
+        interpret: simulate the kernel.
+
+    Returns:
+        [B, T, H, V] bfloat16.
+    """
+    batch, _, heads, width = values.shape
+    key_tiles = totals.shape[-1] // TILE
+    (out,) = launch(
+        partial(_replay, key_tiles=key_tiles, walk=walk),
+        (*decayed, values, totals, entering),
+        (bfloat16(*values.shape),),
+        {
+            "q_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
+            "k_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
+            "totals_tile": plgpu.SMEM((_KEY_SLOTS, TILE), jnp.float32),
+            "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+            "scores_tile": tile.bf16_tile(_SLOTS, 2, CHUNK, CHUNK),
+            "state_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
+            "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
+            "keys_fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_KEY_SLOTS),
+            "keys_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_KEY_SLOTS),
+            "fetched": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
+            "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+        },
+        name="decayed_replay",
+        walk=walk,
+        state=(batch, heads, TILE, width),
+        interpret=interpret,
+    )
+    return out
+
+
+def _replay(
+    queries: Ref,
+    keys: Ref,
+    scores: Ref,
+    values: Ref,
+    totals: Ref,
+    entering: Ref,
+    nothing: Ref,
+    out: Ref,
+    *,
+    key_tiles: int,
+    walk: Walk,
+    q_tile: Ref,
+    k_tile: Ref,
+    totals_tile: Ref,
+    v_tile: Ref,
+    scores_tile: Ref,
+    state_tile: Ref,
+    out_tile: Ref,
+    keys_fetched: Ref,
+    keys_used: Ref,
+    fetched: Ref,
+    used: Ref,
+    staging: Ref | None,
+) -> None:
+    del nothing
+    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    value_tile, warpgroup = lax.axis_index("value_tile"), lax.axis_index("warpgroup")
+    steps = walk.steps(stretch)
+    all_keys = [pl.ds(key_tile * TILE, TILE) for key_tile in range(key_tiles)]
+
+    @pl.when(warpgroup == PRODUCER)
+    def _fetch() -> None:
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+        @pl.loop(0, steps)
+        def _step(step: jax.Array) -> None:
+            chunk = walk.chunk(stretch, step)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            for key_tile, of_keys in enumerate(all_keys):
+                place = step * key_tiles + key_tile
+                slot = lax.rem(place, _KEY_SLOTS)
+                full = keys_fetched.at[slot]
+                pl.when(place >= _KEY_SLOTS)(partial(plgpu.barrier_wait, keys_used.at[slot]))
+                plgpu.copy_gmem_to_smem(totals.at[batch, head, chunk, of_keys], totals_tile.at[slot], full)
+                plgpu.copy_gmem_to_smem(queries.at[batch, tokens, head, of_keys], q_tile.at[slot], full)
+                plgpu.copy_gmem_to_smem(keys.at[batch, tokens, head, of_keys], k_tile.at[slot], full)
+                if key_tile == 0:
+                    slot, of_values = lax.rem(step, _SLOTS), pl.ds(value_tile * TILE, TILE)
+                    full = fetched.at[slot]
+                    pl.when(step >= _SLOTS)(partial(plgpu.barrier_wait, used.at[slot]))
+                    plgpu.copy_gmem_to_smem(scores.at[batch, head, chunk], scores_tile.at[slot], full)
+                    plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], v_tile.at[slot], full)
+
+        # A barrier may not go while somebody has still to pass it.
+        for barrier, slots, places in ((keys_used, _KEY_SLOTS, steps * key_tiles), (used, _SLOTS, steps)):
+
+            @pl.loop(jnp.maximum(places - slots, 0), places)
+            def _drain(place: jax.Array, barrier: Ref = barrier, slots: int = slots) -> None:
+                plgpu.barrier_wait(barrier.at[lax.rem(place, slots)])
+
+    @pl.when(warpgroup < COMPUTING)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        own, stage = tile.half(warpgroup), stage_of(staging, warpgroup)
+        own_state, own_out = state_tile.at[warpgroup], out_tile.at[warpgroup]
+        own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
+
+        def step_body(step: jax.Array, states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            slot, zero = lax.rem(step, _SLOTS), hidden_zero(step)
+            v_own = v_tile.at[slot, :, own]
+            left = []
+            # Not a constant: ptxas 13.0 has set constant factors of a product too late, perhaps sums as well.
+            result = tile.zeros(CHUNK, HALF) + zero.astype(jnp.float32)
+            for key_tile, state in enumerate(states):
+                key_slot = lax.rem(step * key_tiles + key_tile, _KEY_SLOTS)
+                own_state[...] = state.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                plgpu.barrier_wait(keys_fetched.at[key_slot])
+                terms = [(q_tile.at[key_slot], own_state)]
+                if key_tile == 0:
+                    plgpu.barrier_wait(fetched.at[slot])
+                    # Pallas's `run_state` takes no constants as indices.
+                    terms += [(scores_tile.at[slot, i + zero], v_own) for i in range(2)]
+                decay = jnp.exp(plgpu.load(totals_tile.at[key_slot], layout=tile.ROW))
+                result, state = tile.added_products(
+                    (result, terms),
+                    (state * tile.along_rows(decay, HALF), [(k_tile.at[key_slot].transpose((1, 0)), v_own)]),
+                    staging=stage,
+                )
+                plgpu.barrier_arrive(keys_used.at[key_slot])
+                left.append(state)
+            plgpu.barrier_arrive(used.at[slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            own_out[...] = result.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            tokens = pl.ds(walk.chunk(stretch, step) * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
+            return tuple(left)
+
+        states = tuple(tile.load_global(entering.at[batch, head, stretch, rows, own_values]) for rows in all_keys)
+        lax.fori_loop(0, steps, step_body, states)
+        plgpu.wait_smem_to_gmem(0)

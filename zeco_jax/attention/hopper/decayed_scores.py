@@ -1,0 +1,250 @@
+"""Kernel: all of the outputs' work that doesn't depend on values or states, for a decay per key channel."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper.launch import (
+    COMPUTING_REGISTERS,
+    PRODUCER_REGISTERS,
+    bfloat16,
+    hidden_zero,
+    launch,
+    stage_of,
+)
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.walk import Walk
+
+_SLOTS = 2
+_FLIPPED = (1, 0)
+
+
+class Decayed(NamedTuple):
+    """What `decayed_scores` returns.
+
+    Attributes:
+        queries: [B, T, H, K] bfloat16, decayed from the start of their chunk, times the scale.
+        keys: [B, T, H, K] bfloat16, decayed to the end of their chunk.
+        scores: [B, H, chunks, 2, CHUNK, CHUNK] bfloat16, within each chunk, in two parts that are to be summed.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    scores: jax.Array
+
+
+def decayed_scores(
+    q: jax.Array,
+    k: jax.Array,
+    gates: jax.Array,
+    strong: jax.Array,
+    some_strong: jax.Array,
+    *,
+    walk: Walk,
+    scale: float,
+    interpret: bool = False,
+) -> Decayed:
+    r"""Queries and keys decayed to the borders of their chunk, and the scores within it.
+
+    .. math::
+        \text{scale}\; e^{b_i} \odot q_i, \qquad e^{b_C - b_j} \odot k_j, \qquad
+        P_{ij} = \text{scale} (q_i \odot e^{b_i - b_j}) k_j^\top \quad (j \le i)
+
+    with :math:`b` the gates' sums since the chunk began. Where many tiles of values meet the same queries and keys,
+    each reads these instead of the gates.
+
+    Args:
+        q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
+        k: [B, T, H, K] bfloat16.
+        gates: [B, T, H, K] float32.
+        strong: [B, H, chunks, K / HALF] int32, which chunks are too strong for exponents of both signs.
+        some_strong: [B, H, stretches] int32, where a stretch has any.
+        walk: which chunks a block of threads takes, forward.
+        scale: factor on the outputs.
+        interpret: simulate the kernel.
+
+    Returns:
+        Queries, keys and scores.
+    """
+    batch, _, heads, width = q.shape
+    halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
+    results = launch(
+        partial(_score, key_tiles=width // TILE, walk=walk, scale=scale),
+        (q, k, gates, strong, some_strong),
+        (bfloat16(*q.shape), bfloat16(*k.shape), bfloat16(batch, heads, walk.chunks, 2, CHUNK, CHUNK)),
+        {
+            "q_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+            "k_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+            "gates_tile": tile.fp32_tile(_SLOTS, CHUNK, TILE),
+            # The halves' parts of the scores take the place of the gates, once these are summed.
+            "work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, 2, CHUNK, HALF), tile.fp32_tile(COMPUTING, CHUNK, CHUNK)),
+            # Ones up to and including the diagonal, and above it.
+            "triangles": tile.bf16_tile(COMPUTING, CHUNK, CHUNK),
+            "q_decayed": halves,
+            "k_decayed": halves,
+            "scores_tile": tile.bf16_tile(COMPUTING, CHUNK, CHUNK),
+            "fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
+            "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+            "scored": plgpu.Barrier(num_arrivals=COMPUTING),
+            "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
+        },
+        name="decayed_scores",
+        walk=walk,
+        # A block of threads goes through all tiles of the keys.
+        state=(batch, heads, TILE, TILE),
+        interpret=interpret,
+    )
+    return Decayed(*results)
+
+
+def _score(
+    q: Ref,
+    k: Ref,
+    gates: Ref,
+    strong: Ref,
+    some_strong: Ref,
+    nothing: Ref,
+    queries: Ref,
+    keys: Ref,
+    scores: Ref,
+    *,
+    key_tiles: int,
+    walk: Walk,
+    scale: float,
+    q_tile: Ref,
+    k_tile: Ref,
+    gates_tile: Ref,
+    work: Ref,
+    triangles: Ref,
+    q_decayed: Ref,
+    k_decayed: Ref,
+    scores_tile: Ref,
+    fetched: Ref,
+    used: Ref,
+    scored: Ref,
+    scores_read: Ref,
+    staging: Ref | None,
+) -> None:
+    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    warpgroup = lax.axis_index("warpgroup")
+    steps = walk.steps(stretch)
+    pairs, parts = work
+
+    @pl.when(warpgroup == PRODUCER)
+    def _fetch() -> None:
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+        @pl.loop(0, steps * key_tiles)
+        def _place(place: jax.Array) -> None:
+            slot = lax.rem(place, _SLOTS)
+            step, key_tile = lax.div(place, key_tiles), lax.rem(place, key_tiles)
+            tokens, of_keys = pl.ds(walk.chunk(stretch, step) * CHUNK, CHUNK), pl.ds(key_tile * TILE, TILE)
+            pl.when(place >= _SLOTS)(lambda: plgpu.barrier_wait(used.at[slot]))
+            for source, target in ((gates, gates_tile), (k, k_tile), (q, q_tile)):
+                plgpu.copy_gmem_to_smem(source.at[batch, tokens, head, of_keys], target.at[slot], fetched.at[slot])
+
+        # A barrier may not go while somebody has still to pass it.
+        @pl.loop(jnp.maximum(steps * key_tiles - _SLOTS, 0), steps * key_tiles)
+        def _drain(place: jax.Array) -> None:
+            plgpu.barrier_wait(used.at[lax.rem(place, _SLOTS)])
+
+    @pl.when(warpgroup < COMPUTING)
+    def _compute() -> None:
+        plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
+        stage = stage_of(staging, warpgroup)
+        product = partial(tile.product, staging=stage)
+        rows, columns = tile.indices()
+        # In memory: ptxas 13.0 sets registers of constant weights after the product that reads them.
+        # Both warpgroups write the same.
+        triangles[0], triangles[1] = tile.ones_where(columns <= rows), tile.ones_where(columns > rows)
+        plgpu.commit_smem()
+
+        def step_body(step: jax.Array, _: None, *, some_strong: bool) -> None:
+            chunk = walk.chunk(stretch, step)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            zero = hidden_zero(step)
+            mine = warpgroup + zero
+            own = tile.half(mine)
+            pair, own_part, other_part = pairs.at[mine], parts.at[mine], parts.at[1 - mine]
+            own_queries, own_keys, own_scores = q_decayed.at[mine], k_decayed.at[mine], scores_tile.at[mine]
+            pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
+
+            def add_tile(key_tile: jax.Array, part: jax.Array) -> jax.Array:
+                place = step * key_tiles + key_tile
+                slot = lax.rem(place, _SLOTS)
+                plgpu.barrier_wait(fetched.at[slot])
+                q_own, k_own = q_tile.at[slot, :, own], k_tile.at[slot, :, own]
+                tile.write_split(pair, jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE))
+                plgpu.commit_smem()
+                lower, above = (triangles.at[i + zero] for i in range(COMPUTING))
+                since = tile.summed(lower, pair, staging=stage)
+                high, low = tile.split(tile.load(q_own) * (jnp.exp(since) * scale))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                def factored() -> jax.Array:
+                    own_keys[...] = (tile.load(k_own) * jnp.exp(-since)).astype(jnp.bfloat16)
+                    plgpu.commit_smem()
+                    terms = [(x, own_keys.transpose(_FLIPPED)) for x in (high, low)]
+                    found = product((CHUNK, CHUNK), *terms)
+                    return tile.where_not_positive(columns - rows + zero, found)
+
+                def exact() -> jax.Array:
+                    def add_level(level: jax.Array, found: jax.Array) -> jax.Array:
+                        # No warp may still be reading what is about to be written.
+                        plgpu.commit_smem()
+                        reached = levels.reached(rows, columns, level)
+                        decays = jnp.exp(tile.summed(tile.ones_where(reached), pair, staging=stage))
+                        own_keys[...] = (tile.load(k_own) * decays).astype(jnp.bfloat16)
+                        plgpu.commit_smem()
+                        level_queries = (tile.load(q_own) * decays * scale).astype(jnp.bfloat16)
+                        reaching = product((CHUNK, CHUNK), (level_queries, own_keys.transpose(_FLIPPED)))
+                        return found + jnp.where(levels.parted(rows, columns, level), reaching, 0.0)
+
+                    return lax.fori_loop(0, levels.LEVELS, add_level, tile.zeros(CHUNK, CHUNK))
+
+                if some_strong:
+                    is_strong = strong[batch, head, chunk, key_tile * COMPUTING + warpgroup] != 0
+                    part += lax.cond(is_strong, exact, factored)
+                else:
+                    part += factored()
+                # Not before: the registers are needed.
+                later = tile.summed(above, pair, staging=stage)
+                own_queries[...] = high
+                own_keys[...] = (tile.load(k_own) * jnp.exp(later)).astype(jnp.bfloat16)
+                plgpu.barrier_arrive(used.at[slot])
+                plgpu.commit_smem()
+                places = pl.ds(key_tile * TILE + mine * HALF, HALF)
+                plgpu.copy_smem_to_gmem(own_queries, queries.at[batch, tokens, head, places])
+                plgpu.copy_smem_to_gmem(own_keys, keys.at[batch, tokens, head, places])
+                return part
+
+            part = lax.fori_loop(0, key_tiles, add_tile, tile.zeros(CHUNK, CHUNK))
+            # The pair has been read.
+            plgpu.commit_smem()
+            own_part[...] = part
+            plgpu.barrier_arrive(scored)
+            plgpu.barrier_wait(scored)
+            high, low = tile.split(part + tile.load(other_part))
+            plgpu.barrier_arrive(scores_read)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            # Each warpgroup writes one of the two.
+            pl.when(warpgroup == 0)(lambda: own_scores.__setitem__(..., high))
+            pl.when(warpgroup == 1)(lambda: own_scores.__setitem__(..., low))
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own_scores, scores.at[batch, head, chunk, mine])
+
+        def walk_through(*, some_strong: bool) -> None:
+            lax.fori_loop(0, steps + nothing[0], partial(step_body, some_strong=some_strong), None)
+
+        # A loop of its own for what most stretches are: it needs fewer registers than there are.
+        is_any_strong = some_strong[batch, head, stretch] != 0
+        pl.when(is_any_strong)(partial(walk_through, some_strong=True))
+        pl.when(jnp.logical_not(is_any_strong))(partial(walk_through, some_strong=False))
+        plgpu.barrier_wait(scores_read)
+        plgpu.wait_smem_to_gmem(0)

@@ -185,8 +185,8 @@ def test_the_part_that_needs_no_state_can_be_done_before():
         # Summaries once forward and once backward, however many parts need them; the replay, which keeps the states of
         # the chunks; their cotangents; gradients.
         pytest.param(128, False, 5, id="narrow"),
-        # Keys decayed forward, backward and, as they aren't kept, once more; scores; states in each direction, of the
-        # stretches and of the chunks; outputs; gradients.
+        # Keys decayed, the stretches' states, what needs no state, outputs; the same once more in reverse, with the
+        # values' gradients instead of the outputs; the chunks' states; the other gradients.
         pytest.param(512, True, 10, id="shares-keys"),
     ],
 )

@@ -178,9 +178,12 @@ class HopperBackend(Backend):
         prepared = prepared or work.summaries()
         later = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
         q, dout = _pad(q), _pad(dout.astype(v.dtype))
+        intra = work.decays.intra(q, work.keys, prepared.totals, self.scale)
         if states is None:
             entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
-            states = work.decays.chunk_states(work.keys, work.values, entering, work.walk(reverse=False))
+            states = work.decays.chunk_states(
+                work.keys, work.values, prepared.totals, entering, work.walk(reverse=False), intra
+            )
         leaving, dstate_in = later.enter(work.pad_state(dstate_out), reverse=True)
         dq, dk, dv, dgates = work.decays.gradients(
             q,
@@ -192,7 +195,7 @@ class HopperBackend(Backend):
             leaving,
             work.walk(reverse=True),
             self.scale,
-            decayed=later.keys,
+            intra,
         )
         dgates = work.cut(dgates, gates.shape[-1])
         if gates.shape[0] < dgates.shape[0]:
@@ -204,14 +207,10 @@ class HopperBackend(Backend):
 
 
 class _Summaries(NamedTuple):
-    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1].
-
-    In reverse also the decayed queries [B, T, H, K], where there are any.
-    """
+    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1]."""
 
     states: jax.Array
     totals: jax.Array
-    keys: jax.Array | None = None
 
     def enter(self, first: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array]:
         """The state that enters each stretch, given that of the first one walked; and what leaves the last one."""

@@ -25,8 +25,11 @@ class ChannelDecays(NamedTuple):
         """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
         return stretch_states(keys, values, self.gates, walk=walk, scale=scale, interpret=self.interpret)
 
-    def chunk_states(self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk) -> jax.Array:
+    def chunk_states(
+        self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
+    ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
+        del totals, intra
         return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)
 
     def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
@@ -76,11 +79,10 @@ class ChannelDecays(NamedTuple):
         leaving: jax.Array,
         walk: Walk,
         scale: float,
-        *,
-        decayed: jax.Array | None = None,
+        intra: None = None,
     ) -> tuple[jax.Array, ...]:
         """The gradients of q, k, v and the gates."""
-        del decayed
+        del intra
         cotangents = chunk_states(q, dout, self.gates, leaving, walk=walk, scale=scale, interpret=self.interpret)
         return channel_gradients(
             q, k, v, self.gates, dout, totals, states, cotangents, scale=scale, interpret=self.interpret
@@ -99,16 +101,29 @@ def channel_gradients(
     *,
     scale: float,
     interpret: bool,
+    with_values: bool = True,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of q, k, v and the gates, from the states and cotangents at the borders of every chunk."""
+    """The gradients of q, k, v (if asked for) and the gates, from states and cotangents at the chunks' borders."""
     batch, _, heads, width = q.shape
     chunks = totals.shape[2]
     walk = Walk(chunks, stretches(batch * heads * (width // TILE), chunks))
     strong = strong_chunks(totals, walk)
-    dq, dk, dv, dgates = chunk_gradients(
-        q, k, v, gates, dout, totals, *strong, states, cotangents, walk=walk, scale=scale, interpret=interpret
+    dq, dk, *dv, dgates = chunk_gradients(
+        q,
+        k,
+        v,
+        gates,
+        dout,
+        totals,
+        *strong,
+        states,
+        cotangents,
+        walk=walk,
+        scale=scale,
+        with_values=with_values,
+        interpret=interpret,
     )
-    return dq, dk, summed_tiles(dv), dgates
+    return dq, dk, *map(summed_tiles, dv), dgates
 
 
 def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:

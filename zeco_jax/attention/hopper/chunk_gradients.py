@@ -43,8 +43,9 @@ def chunk_gradients(
     *,
     walk: Walk,
     scale: float,
+    with_values: bool = True,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     r"""The gradients of queries, keys, values and gates, one tile of the keys at a time.
 
     With b the gates' sums since the chunk began, S the state that enters the chunk and D the cotangent of the state
@@ -73,23 +74,25 @@ def chunk_gradients(
         leaving: [B, H, chunks, K, V] bfloat16, from D as `states.chunk_states` writes it.
         walk: which chunks a block of threads takes.
         scale: factor on the outputs.
+        with_values: whether the gradient of the values is asked for.
         interpret: simulate the kernel.
 
     Returns:
-        dq and dk [B, T, H, K] bfloat16; dv [K / TILE, B, T, H, V], to be summed over its first axis, float32, or
-        bfloat16 if there is but one part; and dgates [B, T, H, K] float32.
+        dq and dk [B, T, H, K] bfloat16; if asked for dv [K / TILE, B, T, H, V], to be summed over its first axis,
+        float32, or bfloat16 if there is but one part; and dgates [B, T, H, K] float32.
     """
     batch, _, heads, width = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
+    # Parts of a sum aren't rounded.
+    dv = (float32 if width > TILE else bfloat16)(width // TILE, *v.shape)
     *gradients, _ = launch(
         partial(_gradients, walk=walk, scale=scale),
         (q, k, v, gates, dout, totals, strong, some_strong, states, leaving),
         (
             bfloat16(*q.shape),
             bfloat16(*k.shape),
-            # Parts of a sum aren't rounded.
-            (float32 if width > TILE else bfloat16)(width // TILE, *v.shape),
+            *([dv] if with_values else []),
             float32(*gates.shape),
             float32(batch, heads, walk.stretches, width // TILE, COMPUTING, _FOUND + _WAITING, *_SQUARE),
         ),
@@ -145,10 +148,7 @@ def _gradients(
     nothing: Ref,
     dq: Ref,
     dk: Ref,
-    dv: Ref,
-    dgates: Ref,
-    exact: Ref,
-    *,
+    *others: Ref,
     walk: Walk,
     scale: float,
     q_tile: Ref,
@@ -175,6 +175,7 @@ def _gradients(
 ) -> None:
     batch, head, stretch, key_tile = (lax.axis_index(name) for name in ("batch", "head", "stretch", "key_tile"))
     warpgroup = lax.axis_index("warpgroup")
+    *dvs, dgates, exact = others
     steps = walk.steps(stretch)
     value_tiles = v.shape[-1] // TILE
     gates_tile, gates_pairs = gates_work
@@ -272,8 +273,9 @@ def _gradients(
 
             if some_strong:
                 plgpu.barrier_wait(fetched)
-                finding = partial(_find_scores, own_q, own_k, pair, own_staged, scale, stage)
-                pl.when(own_strong)(partial(finding, found.at[mine, 0]))
+                if dvs:
+                    finding = partial(_find_scores, own_q, own_k, pair, own_staged, scale, stage)
+                    pl.when(own_strong)(partial(finding, found.at[mine, 0]))
                 of_queries, of_keys = exponents()
             else:
                 of_queries, of_keys = exponents()
@@ -297,7 +299,7 @@ def _gradients(
                     scores = product(_SQUARE, *terms)
                 return tile.split(tile.where_not_positive(-ahead, scores))
 
-            scores = score()
+            scores = score() if dvs else ()
             # Many tiles of the values leave no registers for the exponents.
             stashed = own_staged.at[1], weights_tile.at[mine]
             if value_tiles > 1:
@@ -337,6 +339,11 @@ def _gradients(
                 crossing = product(_SQUARE, (own_state, own_leaving.transpose(_FLIPPED)))
                 crossing = jnp.sum(jnp.where(rows == columns + zero, crossing, 0.0), axis=1)
                 crossing = crossing if passed is None else crossing + passed[3]
+                passed_on = weights, dq_state, dk_state, crossing
+                if not dvs:
+                    plgpu.barrier_arrive(values_used)
+                    return passed_on
+                (dv,) = dvs
                 dv_own = product(
                     _SQUARE,
                     *((part, dout_tile.at[:, own]) for part in scores),
@@ -346,12 +353,12 @@ def _gradients(
                 own_values = pl.ds(value_tile * TILE + mine * HALF, HALF)
                 if dv.dtype == jnp.float32:
                     dv[key_tile, batch, tokens, head, own_values] = dv_own
-                    return weights, dq_state, dk_state, crossing
+                    return passed_on
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 own_staged[...] = dv_own.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(own_staged, dv.at[key_tile, batch, tokens, head, own_values])
-                return weights, dq_state, dk_state, crossing
+                return passed_on
 
             def pass_more(value_tile: jax.Array, passed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 plgpu.barrier_arrive(state_used)

@@ -18,12 +18,12 @@ from zeco_jax.attention.hopper.launch import (
     launch,
     stage_of,
 )
-from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
 # Chunks' values and scores in flight, and tiles of queries and keys.
 _SLOTS = 2
-_KEY_SLOTS = 3
+_KEY_SLOTS = 2
 
 
 def decayed_replay(
@@ -34,49 +34,63 @@ def decayed_replay(
     *,
     walk: Walk,
     interpret: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, ...]:
     r"""The outputs of every token; a block of threads holds the states of all key channels for a tile of the values.
 
     .. math::
         o_i = \tilde q_i S + \sum_{j \le i} P_{ij} v_j, \qquad
         S \leftarrow e^{b_C} \odot S + \sum_j \tilde k_j v_j^\top
 
+    In reverse the gradients of the values from the cotangents of the outputs:
+
+    .. math::
+        dv_j = \tilde k_j D + \sum_{i \ge j} P_{ij} do_i, \qquad
+        D \leftarrow e^{b_C} \odot D + \sum_i \tilde q_i do_i^\top
+
     Args:
         decayed: queries, keys and scores of every chunk.
-        values: [B, T, H, V] bfloat16, T a multiple of CHUNK, V of TILE.
+        values: [B, T, H, V] bfloat16, T a multiple of CHUNK, V of TILE; in reverse the outputs' cotangents.
         totals: [B, H, chunks, K] float32, the gates' sums over each chunk; K at most two tiles.
-        entering: [B, H, stretches, K, V] float32, the state that enters each stretch.
-        walk: the stretches, forward.
+        entering: [B, H, stretches, K, V] float32, the state that enters each stretch; in reverse its cotangent.
+        walk: the stretches.
         interpret: simulate the kernel.
 
     Returns:
-        [B, T, H, V] bfloat16.
+        [B, T, H, V] bfloat16; in reverse also the cotangents of the states that leave the chunks, as
+        `states.chunk_states` gives them, [B, H, chunks, K, V] bfloat16.
     """
     batch, _, heads, width = values.shape
-    key_tiles = totals.shape[-1] // TILE
-    (out,) = launch(
-        partial(_replay, key_tiles=key_tiles, walk=walk),
-        (*decayed, values, totals, entering),
-        (bfloat16(*values.shape),),
-        {
-            "q_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
-            "k_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
-            "totals_tile": plgpu.SMEM((_KEY_SLOTS, TILE), jnp.float32),
-            "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
-            "scores_tile": tile.bf16_tile(_SLOTS, 2, CHUNK, CHUNK),
-            "state_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
-            "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
-            "keys_fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_KEY_SLOTS),
-            "keys_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_KEY_SLOTS),
-            "fetched": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
-            "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
-        },
-        name="decayed_replay",
+    key_width = totals.shape[-1]
+    queries, keys, scores = decayed
+    outputs = [bfloat16(*values.shape)]
+    states = tile.bf16_tile(COMPUTING, TILE, HALF)
+    scratch = {
+        "q_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
+        "k_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
+        "totals_tile": plgpu.SMEM((_KEY_SLOTS, TILE), jnp.float32),
+        "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+        "scores_tile": tile.bf16_tile(_SLOTS, 2, CHUNK, CHUNK),
+        "state_tile": states,
+        "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
+        "keys_fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_KEY_SLOTS),
+        "keys_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_KEY_SLOTS),
+        "fetched": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
+        "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+    }
+    if walk.reverse:
+        queries, keys = keys, queries
+        outputs.append(bfloat16(batch, heads, walk.chunks, key_width, width))
+        scratch["kept_tile"] = states
+    return launch(
+        partial(_replay, key_tiles=key_width // TILE, walk=walk),
+        (queries, keys, scores, values, totals, entering),
+        outputs,
+        scratch,
+        name="decayed_replay_reverse" if walk.reverse else "decayed_replay",
         walk=walk,
         state=(batch, heads, TILE, width),
         interpret=interpret,
     )
-    return out
 
 
 def _replay(
@@ -88,7 +102,7 @@ def _replay(
     entering: Ref,
     nothing: Ref,
     out: Ref,
-    *,
+    *kept: Ref,
     key_tiles: int,
     walk: Walk,
     q_tile: Ref,
@@ -103,6 +117,7 @@ def _replay(
     fetched: Ref,
     used: Ref,
     staging: Ref | None,
+    kept_tile: Ref | None = None,
 ) -> None:
     del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
@@ -148,11 +163,11 @@ def _replay(
         own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
 
         def step_body(step: jax.Array, states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            slot, zero = lax.rem(step, _SLOTS), hidden_zero(step)
+            slot = lax.rem(step, _SLOTS)
+            chunk = walk.chunk(stretch, step)
             v_own = v_tile.at[slot, :, own]
             left = []
-            # Not a constant: ptxas 13.0 has set constant factors of a product too late, perhaps sums as well.
-            result = tile.zeros(CHUNK, HALF) + zero.astype(jnp.float32)
+            result = tile.zeros(CHUNK, HALF)
             for key_tile, state in enumerate(states):
                 key_slot = lax.rem(step * key_tiles + key_tile, _KEY_SLOTS)
                 own_state[...] = state.astype(jnp.bfloat16)
@@ -162,8 +177,18 @@ def _replay(
                 if key_tile == 0:
                     plgpu.barrier_wait(fetched.at[slot])
                     # Pallas's `run_state` takes no constants as indices.
-                    terms += [(scores_tile.at[slot, i + zero], v_own) for i in range(2)]
-                decay = jnp.exp(plgpu.load(totals_tile.at[key_slot], layout=tile.ROW))
+                    parts = [scores_tile.at[slot, i + hidden_zero(step)] for i in range(2)]
+                    terms += [(part.transpose((1, 0)) if walk.reverse else part, v_own) for part in parts]
+                total = plgpu.load(totals_tile.at[key_slot], layout=tile.ROW)
+                decay = jnp.exp(total)
+                for target in kept:
+                    factor = jnp.where(total < FACTORED_LIMIT, 1.0, decay)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    own_kept = kept_tile.at[warpgroup]
+                    own_kept[...] = (state * tile.along_rows(factor, HALF)).astype(jnp.bfloat16)
+                    plgpu.commit_smem()
+                    place = target.at[batch, head, chunk, all_keys[key_tile], own_values]
+                    plgpu.copy_smem_to_gmem(own_kept, place)
                 result, state = tile.added_products(
                     (result, terms),
                     (state * tile.along_rows(decay, HALF), [(k_tile.at[key_slot].transpose((1, 0)), v_own)]),
@@ -175,7 +200,7 @@ def _replay(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             own_out[...] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            tokens = pl.ds(walk.chunk(stretch, step) * CHUNK, CHUNK)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
             return tuple(left)
 

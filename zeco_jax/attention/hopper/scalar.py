@@ -33,8 +33,11 @@ class ScalarDecays(NamedTuple):
         states = stretch_states_scalar(keys, values, self.sums, walk=walk, scale=scale, interpret=self.interpret)
         return states, self.sums[..., CHUNK - 1 :: CHUNK, None]
 
-    def chunk_states(self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk) -> jax.Array:
+    def chunk_states(
+        self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
+    ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
+        del totals, intra
         return chunk_states_scalar(k, v, self.sums, entering, walk=walk, interpret=self.interpret)
 
     def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
@@ -70,11 +73,10 @@ class ScalarDecays(NamedTuple):
         leaving: jax.Array,
         walk: Walk,
         scale: float,
-        *,
-        decayed: None = None,
+        intra: None = None,
     ) -> tuple[jax.Array, ...]:
         """The gradients of q, k, v and the gates [B, T, H, 1]."""
-        del totals, decayed
+        del totals, intra
         dq, dk, dv, *parts = gradients_scalar(
             q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret
         )

@@ -11,7 +11,7 @@ from zeco_jax.attention.hopper.decayed_replay import decayed_replay
 from zeco_jax.attention.hopper.decayed_scores import Decayed, decayed_scores
 from zeco_jax.attention.hopper.decayed_states import decayed_chunk_states, decayed_stretch_states
 from zeco_jax.attention.hopper.plan import stretches
-from zeco_jax.attention.hopper.tile import CHUNK, TILE
+from zeco_jax.attention.hopper.tile import TILE
 from zeco_jax.attention.hopper.walk import Walk
 
 
@@ -23,19 +23,19 @@ class WideChannelDecays(NamedTuple):
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
-    ) -> tuple[jax.Array, ...]:
-        """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K].
+    ) -> tuple[jax.Array, jax.Array]:
+        """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
+        batch, _, heads, width = keys.shape
+        keys_walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks), walk.reverse)
+        decayed, totals = decayed_keys(keys, self.gates, walk=keys_walk, scale=scale, interpret=self.interpret)
+        return decayed_stretch_states(decayed, values, totals, walk=walk, interpret=self.interpret), totals
 
-        In reverse the decayed keys too, which `gradients` takes; forward they would have to be kept until then.
-        """
-        decayed, totals = self._decayed_keys(keys, reverse=walk.reverse, scale=scale)
-        states = decayed_stretch_states(decayed, values, totals, walk=walk, interpret=self.interpret)
-        return (states, totals, decayed) if walk.reverse else (states, totals)
-
-    def chunk_states(self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk) -> jax.Array:
+    def chunk_states(
+        self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: Decayed
+    ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
-        decayed, totals = self._decayed_keys(k, reverse=False)
-        return decayed_chunk_states(decayed, v, totals, entering, walk=walk, interpret=self.interpret)
+        del k
+        return decayed_chunk_states(intra.keys, v, totals, entering, walk=walk, interpret=self.interpret)
 
     def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> Decayed:
         """What of the replay needs no state."""
@@ -63,7 +63,8 @@ class WideChannelDecays(NamedTuple):
         del keep_states
         if intra is None:
             intra = self.intra(q, k, totals, scale)
-        return decayed_replay(intra, v, totals, entering, walk=walk, interpret=self.interpret), None
+        (out,) = decayed_replay(intra, v, totals, entering, walk=walk, interpret=self.interpret)
+        return out, None
 
     def gradients(
         self,
@@ -76,17 +77,21 @@ class WideChannelDecays(NamedTuple):
         leaving: jax.Array,
         walk: Walk,
         scale: float,
-        *,
-        decayed: jax.Array | None = None,
+        intra: Decayed,
     ) -> tuple[jax.Array, ...]:
         """The gradients of q, k, v and the gates."""
-        cotangents = decayed_chunk_states(decayed, dout, totals, leaving, walk=walk, interpret=self.interpret)
-        return channel_gradients(
-            q, k, v, self.gates, dout, totals, states, cotangents, scale=scale, interpret=self.interpret
+        dv, cotangents = decayed_replay(intra, dout, totals, leaving, walk=walk, interpret=self.interpret)
+        dq, dk, dgates = channel_gradients(
+            q,
+            k,
+            v,
+            self.gates,
+            dout,
+            totals,
+            states,
+            cotangents,
+            scale=scale,
+            with_values=False,
+            interpret=self.interpret,
         )
-
-    def _decayed_keys(self, keys: jax.Array, *, reverse: bool, scale: float = 1.0) -> tuple[jax.Array, jax.Array]:
-        batch, tokens, heads, width = keys.shape
-        chunks = tokens // CHUNK
-        walk = Walk(chunks, stretches(batch * heads * (width // TILE), chunks), reverse)
-        return decayed_keys(keys, self.gates, walk=walk, scale=scale, interpret=self.interpret)
+        return dq, dk, dv, dgates

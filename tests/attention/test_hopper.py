@@ -33,8 +33,8 @@ simulated = partial(attention, interpret=True)
 WIDE = {"decay": "channel", "key_width": 144, "value_width": 264}
 
 
-def case(name, decay, regimes, tokens, **options):
-    return cases.Case(name, decay, regimes, tokens, batch=1, dtype="bfloat16", **options)
+def case(name, decay, regimes, tokens, *, batch=1, **options):
+    return cases.Case(name, decay, regimes, tokens, batch=batch, dtype="bfloat16", **options)
 
 
 class TestHopper(LinearAttentionContract):
@@ -91,7 +91,8 @@ class TestHopperOnGpu(LinearAttentionContract):
 class TestHopperInOneStretchOnGpu(OneStretch, LinearAttentionContract):
     attend = staticmethod(partial(zeco_jax.linear_attention, backend="hopper"))
     covers = tuple(
-        case(f"{decay}-chunks-{key_width}-{value_width}", decay, cases.EVERY_REGIME, 320, **widths)
+        # Several sequences: a token's gate has a gradient of some 20,000 products that add up to little by chance.
+        case(f"{decay}-chunks-{key_width}-{value_width}", decay, cases.EVERY_REGIME, 320, batch=4, **widths)
         for decay in ("channel", "token")
         for key_width, value_width in ((128, 128), (256, 512))
         for widths in ({"key_width": key_width, "value_width": value_width},)

@@ -73,12 +73,18 @@ def in_bfloat16(case):
 
 class TestHopperSharingKeys(LinearAttentionContract):
     attend = staticmethod(partial(simulated, shares_keys=True))
-    covers = (case("mixed-packed", regimes=("mixed",), tokens=130, segments="odd_places", **WIDE),)
+    covers = (
+        case("two-tiles-mixed-packed", "channel", ("mixed",), 130, value_width=136, segments="odd_places"),
+        case("mixed-packed", regimes=("mixed",), tokens=130, segments="odd_places", **WIDE),
+    )
 
 
 class TestHopperSharingKeysInOneStretch(OneStretch, LinearAttentionContract):
     attend = staticmethod(partial(simulated, shares_keys=True))
-    covers = (case("chunks", regimes=("sometimes_zero",), tokens=190, **WIDE),)
+    covers = (
+        case("two-tiles-chunks", "channel", ("sometimes_zero",), 190, key_width=144, value_width=136),
+        case("chunks", regimes=("sometimes_zero",), tokens=190, **WIDE),
+    )
 
 
 @pytest.mark.gpu
@@ -103,8 +109,9 @@ class TestHopperInOneStretchOnGpu(OneStretch, LinearAttentionContract):
 class TestHopperSharingKeysOnGpu(OneStretch, LinearAttentionContract):
     attend = staticmethod(partial(attention, shares_keys=True))
     covers = tuple(
-        case(f"chunks-{key_width}-512", "channel", cases.EVERY_REGIME, 320, key_width=key_width, value_width=512)
-        for key_width in (128, 256)
+        case(f"chunks-{key_width}-{value_width}", "channel", cases.EVERY_REGIME, 320, **widths)
+        for key_width, value_width in ((128, 256), (128, 512), (256, 512))
+        for widths in ({"key_width": key_width, "value_width": value_width},)
     )
 
 
@@ -164,7 +171,7 @@ def test_stretches_fill_the_machine_and_do_not_outnumber_the_chunks():
 
 
 def test_the_part_that_needs_no_state_can_be_done_before():
-    (case,) = TestHopperSharingKeys.covers
+    case = TestHopperSharingKeys.covers[-1]
     backend = HopperBackend(interpret=True, shares_keys=True)
     rng = np.random.default_rng(0)
     q, k, v = (

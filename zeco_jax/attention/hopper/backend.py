@@ -30,8 +30,8 @@ class HopperBackend(Backend):
     summaries gives the state that enters each, one pass replays them. See NOTES.md in this folder.
 
     Attributes:
-        shares_keys: heads of three tiles of values (V > 256) and a decay per channel have their queries, keys and
-            scores decayed once for all of these tiles. Not measured on a GPU yet, see NOTES.md.
+        shares_keys: with a decay per channel and V > 128, keys are decayed once for several tiles of values, with
+            V > 256 queries and scores as well. Not measured on a GPU yet, see NOTES.md.
         interpret: simulate the kernels, on any device.
     """
 
@@ -240,18 +240,21 @@ class _Work(NamedTuple):
         """Pads with zeros: keys and values that add nothing, gates that don't decay."""
         tokens, key_width, value_width = keys.shape[1], keys.shape[-1], values.shape[-1]
         keys, values = _pad(keys), _pad(values)
+        value_tiles = values.shape[-1] // TILE
         if gates.shape[-1] == 1:
             decays = ScalarDecays.of(gates, interpret)
+        elif shares_keys and value_tiles >= _MANY_VALUE_TILES:
+            decays = WideChannelDecays(_pad(gates), interpret)
         else:
-            is_wide = shares_keys and values.shape[-1] >= _MANY_VALUE_TILES * TILE
-            decays = (WideChannelDecays if is_wide else ChannelDecays)(_pad(gates), interpret)
+            together = 2 if shares_keys and value_tiles == 2 else 1
+            decays = ChannelDecays(_pad(gates), interpret, together)
         return cls(keys, values, decays, tokens, key_width, value_width)
 
     def walk(self, *, reverse: bool) -> Walk:
         """The stretches."""
         batch, tokens, heads, _ = self.keys.shape
         # The replay takes one tile of the keys after the other.
-        blocks = batch * heads * (self.values.shape[-1] // TILE)
+        blocks = batch * heads * (self.values.shape[-1] // TILE) // self.decays.together
         return Walk(tokens // CHUNK, stretches(blocks, tokens // CHUNK), reverse)
 
     def summaries(self, *, reverse: bool = False, scale: float = 1.0) -> _Summaries:

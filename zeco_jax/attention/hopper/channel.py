@@ -14,23 +14,29 @@ from zeco_jax.attention.hopper.walk import Walk
 
 
 class ChannelDecays(NamedTuple):
-    """Gates [B, T, H, K] float32, T a multiple of CHUNK, K of TILE; and whether the kernels are simulated."""
+    """Gates [B, T, H, K] float32, T a multiple of CHUNK, K of TILE; and whether the kernels are simulated.
+
+    The states' kernels take so many tiles of the values `together`.
+    """
 
     gates: jax.Array
     interpret: bool
+    together: int = 1
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
     ) -> tuple[jax.Array, jax.Array]:
         """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
-        return stretch_states(keys, values, self.gates, walk=walk, scale=scale, interpret=self.interpret)
+        return stretch_states(
+            keys, values, self.gates, walk=walk, scale=scale, together=self.together, interpret=self.interpret
+        )
 
     def chunk_states(
         self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
     ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
         del totals, intra
-        return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)
+        return self._chunk_states(k, v, entering, walk)
 
     def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
         """Nothing: the replay needs the state for all it does."""
@@ -83,9 +89,23 @@ class ChannelDecays(NamedTuple):
     ) -> tuple[jax.Array, ...]:
         """The gradients of q, k, v and the gates."""
         del intra
-        cotangents = chunk_states(q, dout, self.gates, leaving, walk=walk, scale=scale, interpret=self.interpret)
+        cotangents = self._chunk_states(q, dout, leaving, walk, scale)
         return channel_gradients(
             q, k, v, self.gates, dout, totals, states, cotangents, scale=scale, interpret=self.interpret
+        )
+
+    def _chunk_states(
+        self, keys: jax.Array, values: jax.Array, entering: jax.Array, walk: Walk, scale: float = 1.0
+    ) -> jax.Array:
+        return chunk_states(
+            keys,
+            values,
+            self.gates,
+            entering,
+            walk=walk,
+            scale=scale,
+            together=self.together,
+            interpret=self.interpret,
         )
 
 

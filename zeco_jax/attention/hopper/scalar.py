@@ -18,6 +18,11 @@ class ScalarDecays(NamedTuple):
     sums: jax.Array
     interpret: bool
 
+    @property
+    def together(self) -> int:
+        """Tiles of the values that all kernels take together."""
+        return 1
+
     @classmethod
     def of(cls, gates: jax.Array, interpret: bool) -> "ScalarDecays":
         """From gates [B or 1, T, H, 1], any T: those that are missing to a whole chunk don't decay."""

@@ -16,6 +16,7 @@ from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     bfloat16,
     float32,
+    hidden_zero,
     launch,
     stage_of,
 )
@@ -27,7 +28,14 @@ _SLOTS = 2
 
 
 def stretch_states(
-    keys: jax.Array, values: jax.Array, gates: jax.Array, *, walk: Walk, scale: float = 1.0, interpret: bool = False
+    keys: jax.Array,
+    values: jax.Array,
+    gates: jax.Array,
+    *,
+    walk: Walk,
+    scale: float = 1.0,
+    together: int = 1,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     r"""What each stretch leaves of a state of zeros, and by how much every chunk decays a state.
 
@@ -42,6 +50,7 @@ def stretch_states(
         gates: [B, T, H, K] float32.
         walk: the stretches.
         scale: factor on the states.
+        together: tiles of the values that a block of threads takes, a divisor of their number.
         interpret: simulate the kernel.
 
     Returns:
@@ -52,7 +61,7 @@ def stretch_states(
         float32(batch, heads, walk.stretches, width, values.shape[-1]),
         float32(batch, heads, walk.chunks, width),
     )
-    return _launch(keys, values, gates, (), outputs, walk=walk, scale=scale, interpret=interpret)
+    return _launch(keys, values, gates, (), outputs, walk=walk, scale=scale, together=together, interpret=interpret)
 
 
 def chunk_states(
@@ -63,6 +72,7 @@ def chunk_states(
     *,
     walk: Walk,
     scale: float = 1.0,
+    together: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
     r"""The state that enters each chunk, given those that enter the stretches.
@@ -77,6 +87,7 @@ def chunk_states(
         entering: [B, H, stretches, K, V] float32.
         walk: the stretches.
         scale: factor on what keys and values add.
+        together: tiles of the values that a block of threads takes, a divisor of their number.
         interpret: simulate the kernel.
 
     Returns:
@@ -84,7 +95,10 @@ def chunk_states(
     """
     batch, _, heads, width = keys.shape
     outputs = (bfloat16(batch, heads, walk.chunks, width, values.shape[-1]),)
-    return _launch(keys, values, gates, (entering,), outputs, walk=walk, scale=scale, interpret=interpret)[0]
+    (states,) = _launch(
+        keys, values, gates, (entering,), outputs, walk=walk, scale=scale, together=together, interpret=interpret
+    )
+    return states
 
 
 def _launch(
@@ -96,22 +110,28 @@ def _launch(
     *,
     walk: Walk,
     scale: float,
+    together: int,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     batch, _, heads, width = keys.shape
     scratch = {
         "keys_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
-        "values_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
+        "values_tile": tile.bf16_tile(_SLOTS, together, CHUNK, TILE),
         "gates_tile": tile.fp32_tile(_SLOTS, CHUNK, TILE),
         "pair": tile.bf16_tile(COMPUTING, 2, CHUNK, HALF),
         # Which gates decay each token.
         "weights": tile.bf16_tile(CHUNK, CHUNK),
         "ones": tile.bf16_tile(CHUNK, CHUNK),
-        "fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
+        "fetched": plgpu.Barrier(num_arrivals=2 + together, num_barriers=_SLOTS),
         "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
     }
     if entering:
-        scratch["state_tile"] = tile.bf16_tile(COMPUTING, HALF, TILE)
+        state_tile = tile.bf16_tile(COMPUTING, HALF, TILE)
+        if together == 1:
+            scratch["state_tile"] = state_tile
+        else:
+            # There is no room for both; each has been read before the other is written.
+            scratch["pair"] = plgpu.RefUnion(scratch["pair"], state_tile)
     return launch(
         partial(_traced if entering else _summarized, walk=walk, scale=scale),
         (keys, values, gates, *entering),
@@ -119,7 +139,7 @@ def _launch(
         scratch,
         name="chunk_states" if entering else "stretch_states",
         walk=walk,
-        state=(batch, heads, width, values.shape[-1]),
+        state=(batch, heads, width, values.shape[-1] // together),
         interpret=interpret,
     )
 
@@ -135,19 +155,24 @@ def _summarized(
 ) -> None:
     del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
-    rows, columns = _rows(), _columns()
+    rows = _rows()
 
-    def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
-        del state
+    def before(chunk: jax.Array, left: tuple[jax.Array, ...], total: jax.Array) -> None:
+        del left
 
         @pl.when(lax.axis_index("value_tile") == 0)
         def _write_total() -> None:
             totals[batch, head, chunk, rows] = total
 
-    def after(state: jax.Array) -> None:
-        states[batch, head, stretch, rows, columns] = state
+    def after(left: tuple[jax.Array, ...]) -> None:
+        for columns, state in zip(_columns(len(left)), left, strict=True):
+            states[batch, head, stretch, rows, columns] = state
 
-    _walk(keys, values, gates, partial(tile.zeros, HALF, TILE), before, after, **options)
+    def first(columns: pl.Slice) -> jax.Array:
+        del columns
+        return tile.zeros(HALF, TILE)
+
+    _walk(keys, values, gates, first, before, after, **options)
 
 
 def _traced(
@@ -158,31 +183,35 @@ def _traced(
     nothing: Ref,
     states: Ref,
     *,
-    state_tile: Ref,
+    pair: Ref,
+    state_tile: Ref | None = None,
     walk: Walk,
     **options: Any,
 ) -> None:
     del nothing
+    if state_tile is None:
+        pair, state_tile = pair
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
-    rows, columns = _rows(), _columns()
+    rows = _rows()
     own = state_tile.at[lax.axis_index("warpgroup")]
 
-    def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
-        if walk.reverse:
-            state *= tile.along_rows(jnp.exp(jnp.where(total < FACTORED_LIMIT, 0.0, total)), TILE)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        own[...] = state.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own, states.at[batch, head, chunk, rows, columns])
+    def before(chunk: jax.Array, left: tuple[jax.Array, ...], total: jax.Array) -> None:
+        for columns, state in zip(_columns(len(left)), left, strict=True):
+            if walk.reverse:
+                state *= tile.along_rows(jnp.exp(jnp.where(total < FACTORED_LIMIT, 0.0, total)), TILE)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            own[...] = state.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own, states.at[batch, head, chunk, rows, columns])
 
-    def after(state: jax.Array) -> None:
-        del state
+    def after(left: tuple[jax.Array, ...]) -> None:
+        del left
         plgpu.wait_smem_to_gmem(0)
 
-    def first() -> jax.Array:
+    def first(columns: pl.Slice) -> jax.Array:
         return tile.load_global(entering.at[batch, head, stretch, rows, columns])
 
-    _walk(keys, values, gates, first, before, after, walk=walk, **options)
+    _walk(keys, values, gates, first, before, after, pair=pair, walk=walk, **options)
 
 
 def _rows() -> pl.Slice:
@@ -190,17 +219,19 @@ def _rows() -> pl.Slice:
     return pl.ds(lax.axis_index("key_tile") * TILE + lax.axis_index("warpgroup") * HALF, HALF)
 
 
-def _columns() -> pl.Slice:
-    return pl.ds(lax.axis_index("value_tile") * TILE, TILE)
+def _columns(together: int) -> list[pl.Slice]:
+    """The columns of the state that belong to each of the block's tiles of the values."""
+    first = lax.axis_index("value_tile") * together
+    return [pl.ds((first + i) * TILE, TILE) for i in range(together)]
 
 
 def _walk(
     keys: Ref,
     values: Ref,
     gates: Ref,
-    first: Callable[[], jax.Array],
-    before: Callable[[jax.Array, jax.Array, jax.Array], None],
-    after: Callable[[jax.Array], None],
+    first: Callable[[pl.Slice], jax.Array],
+    before: Callable[[jax.Array, tuple[jax.Array, ...], jax.Array], None],
+    after: Callable[[tuple[jax.Array, ...]], None],
     *,
     walk: Walk,
     scale: float,
@@ -217,7 +248,8 @@ def _walk(
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     warpgroup = lax.axis_index("warpgroup")
     steps = walk.steps(stretch)
-    of_keys, of_values = (pl.ds(lax.axis_index(name) * TILE, TILE) for name in ("key_tile", "value_tile"))
+    of_keys = pl.ds(lax.axis_index("key_tile") * TILE, TILE)
+    of_values = _columns(values_tile.shape[1])
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
@@ -226,7 +258,8 @@ def _walk(
             full = fetched.at[slot]
             plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, of_keys], gates_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(keys.at[batch, tokens, head, of_keys], keys_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], values_tile.at[slot], full)
+            for i, columns in enumerate(of_values):
+                plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, columns], values_tile.at[slot, i], full)
 
         fetch_chunks(walk, stretch, fetch, used=used, slots=_SLOTS)
 
@@ -241,9 +274,12 @@ def _walk(
         weights[...] = tile.ones_where(columns <= rows if walk.reverse else columns > rows)
         ones[...] = tile.ones_where(rows >= 0)
 
-        def step_body(step: jax.Array, state: jax.Array) -> jax.Array:
+        def step_body(step: jax.Array, left: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slot = lax.rem(step, _SLOTS)
             plgpu.barrier_wait(fetched.at[slot])
+            if len(left) > 1:
+                # The states have left the place.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile.write_split(own_pair, jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE))
             plgpu.commit_smem()
             decays, total = tile.products(
@@ -256,11 +292,18 @@ def _walk(
             own_keys = keys_tile.at[slot, :, own]
             own_keys[...] = (tile.load(own_keys) * (jnp.exp(decays) * scale)).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            before(walk.chunk(stretch, step), state, total)
-            state *= tile.along_rows(jnp.exp(total), TILE)
-            terms = (own_keys.transpose((1, 0)), values_tile.at[slot])
-            state += tile.product((HALF, TILE), terms, staging=stage)
+            before(walk.chunk(stretch, step), left, total)
+            decay = tile.along_rows(jnp.exp(total), TILE)
+            flipped = own_keys.transpose((1, 0))
+            if len(left) == 1:
+                added = tile.product((HALF, TILE), (flipped, values_tile.at[slot, 0]), staging=stage)
+                left = (left[0] * decay + added,)
+            else:
+                # In place: the registers hold no more. Pallas's `run_state` takes no constants as indices.
+                places = (values_tile.at[slot, i + hidden_zero(step)] for i in range(len(left)))
+                jobs = ((state * decay, [(flipped, place)]) for state, place in zip(left, places, strict=True))
+                left = tile.added_products(*jobs, staging=stage)
             plgpu.barrier_arrive(used.at[slot])
-            return state
+            return left
 
-        after(lax.fori_loop(0, steps, step_body, first()))
+        after(lax.fori_loop(0, steps, step_body, tuple(map(first, of_values))))

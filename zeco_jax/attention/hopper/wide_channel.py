@@ -21,6 +21,11 @@ class WideChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
+    @property
+    def together(self) -> int:
+        """Tiles of the values that all kernels take together."""
+        return 1
+
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
     ) -> tuple[jax.Array, jax.Array]:

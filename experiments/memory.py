@@ -39,6 +39,7 @@ from rich.table import Table
 from experiments.command_line import run_program
 from experiments.results_files import write_results
 from experiments.throughput import GIB, random_batch, step_seconds
+from zeco_jax.models import named_config
 from zeco_jax.pods import memory_use
 from zeco_jax.training import (
     Architecture,
@@ -86,6 +87,8 @@ class MemoryConfig:
     """Directory for memory.json and memory.png."""
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            named_config(self.model)
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
             raise ValueError(f"lengths must be positive numbers, got {self.lengths}")
         if not self.settings:

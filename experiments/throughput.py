@@ -31,7 +31,7 @@ from rich.table import Table
 from experiments.command_line import run_program
 from experiments.measuring import Timing, spread
 from experiments.results_files import conditions, write_results
-from zeco_jax.models import ModelConfig
+from zeco_jax.models import ModelConfig, named_config
 from zeco_jax.pods import memory_use
 from zeco_jax.training import (
     Architecture,
@@ -85,6 +85,8 @@ class ThroughputConfig:
     """Directory for throughput.json and throughput.png."""
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            named_config(self.model)
         if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
             raise ValueError(f"lengths must be positive numbers, got {self.lengths}")
         for name in ("tokens_per_step", "seq", "data", "steps"):

@@ -55,6 +55,19 @@ def test_unknown_name():
         make_softmax_backend("splash", X, X, X)
 
 
+def test_blocks_of_other_documents_are_left_out():
+    """Numbers that would spoil every sum they are part of, with a weight of 0 as well."""
+    documents = jnp.repeat(jnp.arange(2), 16)[None]
+    spoiled = jnp.where(documents == 0, jnp.nan, 1.0)[..., None, None] * jnp.ones((1, 32, 2, 8))
+    options = {"scale": 1.0, "causal": False, "query_documents": documents, "key_documents": documents}
+    backend = XlaSoftmaxBackend(block_size=16)
+    out, log_sum_exp = backend.attend(spoiled, spoiled, spoiled, **options)
+    gradients = backend.adjoint(spoiled, spoiled, spoiled, out, log_sum_exp, spoiled, **options)
+    for x in (out, *gradients):
+        assert jnp.isfinite(x[:, 16:]).all()
+        assert jnp.isnan(x[:, :16]).all()
+
+
 def test_scores_of_all_tokens_never_exist_at_once():
     tokens, width = 8192, 16
     x = jax.ShapeDtypeStruct((1, tokens, 1, width), jnp.float32)

@@ -1,6 +1,8 @@
 """Softmax attention in plain XLA, block by block: runs everywhere, memory linear in the number of tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ Arrays = tuple[jax.Array, ...]
 
 @dataclass(frozen=True)
 class XlaSoftmaxBackend(SoftmaxBackend):
-    """FlashAttention-2's loops over blocks of queries and keys; blocks that a causal mask hides are left out.
+    """FlashAttention-2's loops over blocks of queries and keys; blocks that the masks hide are left out.
 
     Products are in the inputs' dtype, sums and outputs in float32 (float64 for float64 inputs).
 
@@ -58,12 +60,15 @@ class XlaSoftmaxBackend(SoftmaxBackend):
                 out = decay[..., None] * out + contract("bgrts,bgsv->bgrtv", weights, blocks.v[j], v.dtype)
                 return new_largest, decay * total + jnp.sum(weights, axis=-1), out
 
+            def add_seen_keys(j: jax.Array, carry: Arrays) -> Arrays:
+                return blocks.where_seen(i, j, partial(add_keys, j), carry)
+
             # Only the types are used: zeros laid out, over meshes, as what will be added.
             like = blocks.scores(i, 0)
             zeros = jnp.zeros_like(like[..., 0])
             zeros_out = jnp.zeros_like(contract("bgrts,bgsv->bgrtv", like, blocks.v[0], v.dtype))
             last = i + 1 if causal else blocks.k.shape[0]
-            largest, total, out = jax.lax.fori_loop(0, last, add_keys, (zeros - jnp.inf, zeros, zeros_out))
+            largest, total, out = jax.lax.fori_loop(0, last, add_seen_keys, (zeros - jnp.inf, zeros, zeros_out))
             return out / jnp.where(total == 0, 1, total)[..., None], largest + jnp.log(total)
 
         out, log_sum_exp = jax.lax.map(block_of_queries, jnp.arange(blocks.q.shape[0]))
@@ -105,9 +110,12 @@ class XlaSoftmaxBackend(SoftmaxBackend):
                 dk += contract("bgrts,bgrtk->bgsk", dscores, blocks.q[i], q.dtype)
                 return dq, dk, dv + contract("bgrts,bgrtv->bgsv", weights, dout[i], v.dtype)
 
+            def add_seeing_queries(i: jax.Array, carry: Arrays) -> Arrays:
+                return blocks.where_seen(i, j, partial(add_queries, i), carry)
+
             zeros = (jnp.zeros_like(x[j], dtype) for x in (blocks.k, blocks.v))
             first = j if causal else 0
-            dq, *dkv = jax.lax.fori_loop(first, blocks.q.shape[0], add_queries, (dq, *zeros))
+            dq, *dkv = jax.lax.fori_loop(first, blocks.q.shape[0], add_seeing_queries, (dq, *zeros))
             return dq, tuple(dkv)
 
         dq, (dk, dv) = jax.lax.scan(block_of_keys, jnp.zeros_like(blocks.q, dtype), jnp.arange(blocks.k.shape[0]))
@@ -159,6 +167,14 @@ class _Blocks:
             )
         cut_k, cut_v = (_cut(x, block_size, groups)[:, :, :, 0] for x in (k, v))
         return cls(_cut(q, block_size, groups), cut_k, cut_v, documents, k.shape[1], scale, causal)
+
+    def where_seen(self, i: jax.Array, j: jax.Array, add: Callable[[Arrays], Arrays], carry: Arrays) -> Arrays:
+        """What `add` makes of the carry; the carry itself where blocks i of queries and j of keys share no document."""
+        if self.documents is None:
+            return add(carry)
+        queries, keys = self.documents
+        seen = jnp.any(queries[i][:, :, None] == keys[j][:, None, :])
+        return jax.lax.cond(seen, add, lambda unchanged: unchanged, carry)
 
     def scores(self, i: jax.Array, j: jax.Array) -> jax.Array:
         """Those of block i of the queries with block j of the keys, [B, G, H / G, C, C], -inf where unseen."""

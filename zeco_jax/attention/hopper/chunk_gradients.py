@@ -371,6 +371,9 @@ def _gradients(
                 of_keys = -of_queries
                 write_weights(passed[0])
             _, dq_state, dk_state, crossing = passed
+            if not dvs:
+                # Every warp has read the state, which the pair takes the place of; else the products of dv see to it.
+                plgpu.commit_smem()
             tile.write_split(late_pair, tile.load(own_k) * dk_state)
             if some_strong:
                 total = tile.load_global(totals.at[batch, head, chunk, own_keys], layout=tile.ROW)

@@ -87,16 +87,15 @@ class Backend(ABC):
     def prepare(self, k: jax.Array, v: jax.Array, gates: jax.Array) -> Any:
         """What `summarize`, `replay` and the gradients have in common, or None.
 
-        A backend that returns something takes it back, as the keyword `prepared` of `summarize`, `replay`,
-        `replay_intra`, `replay_inter`, `replay_adjoint` and `replay_inter_adjoint`. Rematerialisation keeps it: it
-        should be small beside the outputs.
+        A backend that returns something takes it back, as the keyword `prepared` of `summarize`, and of `replay`, its
+        parts and their adjoints. Rematerialisation keeps it: it should be small beside the outputs.
         """
         del k, v, gates
 
     def prepare_adjoint(self, q: jax.Array, gates: jax.Array, dout: jax.Array) -> Any:
         """What `summarize_adjoint` and `replay_adjoint` have in common, or None.
 
-        Taken back as the keyword `prepared_adjoint`.
+        Taken back as the keyword `prepared_adjoint` by both, and by the parts of the latter.
         """
         del q, gates, dout
 
@@ -151,10 +150,17 @@ class Backend(ABC):
         raise NotImplementedError(f"{type(self).__name__} doesn't cut its replay in two")
 
     def replay_intra_adjoint(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, dout: jax.Array
-    ) -> Gradients | None:
-        """The gradients of `replay_intra`, or None if all is left to `replay_inter_adjoint`."""
-        del q, k, v, gates, dout
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        dout: jax.Array,
+        **prepared: Any,
+    ) -> Any:
+        """What of the gradients needs no cotangent of the leaving state, or None if all is left to `replay_adjoint`."""
+        del q, k, v, gates, state_in, dout, prepared
 
     def replay_inter_adjoint(
         self,
@@ -165,7 +171,7 @@ class Backend(ABC):
         state_in: jax.Array,
         dout: jax.Array,
         dstate_out: jax.Array,
-        intra: Gradients | None,
+        intra: Any,
         **prepared: Any,
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""

@@ -183,7 +183,7 @@ def _backward(
         return *gradients, exchange.into_initial(dstate_in)
     own = Summary(decay, backend.summarize_adjoint(q, gates, dout, **adjoint))
     later = exchange.reverse(Summary(decay, own.leave(dstate_out)))
-    later, intra = _together(later, backend.replay_intra_adjoint(q, k, v, gates, dout))
+    later, intra = _together(later, backend.replay_intra_adjoint(q, k, v, gates, state_in, dout, **prepared))
     gradients, dstate_in = backend.replay_inter_adjoint(
         q, k, v, gates, state_in, dout, dstate_out + later, intra, **prepared
     )

@@ -1,7 +1,7 @@
 """Linear attention by Mosaic GPU kernels for Hopper: two levels of summaries, stretches of chunks."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -165,37 +165,68 @@ class HopperBackend(Backend):
         state_in: jax.Array,
         dout: jax.Array,
         dstate_out: jax.Array,
+        **prepared: Any,
+    ) -> tuple[Gradients, jax.Array]:
+        """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state."""
+        intra = self.replay_intra_adjoint(q, k, v, gates, state_in, dout, **prepared)
+        return self.replay_inter_adjoint(q, k, v, gates, state_in, dout, dstate_out, intra, **prepared)
+
+    def replay_intra_adjoint(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        dout: jax.Array,
+        *,
+        prepared: "_Summaries | None" = None,
+        prepared_adjoint: "_Summaries | None" = None,
+        states: jax.Array | None = None,
+    ) -> "_BeforeGradients":
+        """The chunks' states, computed unless they were kept, and what `replay_intra` gives."""
+        del dout, prepared_adjoint
+        work = self._work(k, v, gates)
+        prepared = prepared or work.summaries()
+        decayed = work.decays.intra(_pad(q), work.keys, prepared.totals, self.scale)
+        if states is None:
+            entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
+            walk = work.walk(reverse=False)
+            states = work.decays.chunk_states(work.keys, work.values, prepared.totals, entering, walk, decayed)
+        return _BeforeGradients(states, decayed)
+
+    def replay_inter_adjoint(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        dout: jax.Array,
+        dstate_out: jax.Array,
+        intra: "_BeforeGradients",
         *,
         prepared: "_Summaries | None" = None,
         prepared_adjoint: "_Summaries | None" = None,
         states: jax.Array | None = None,
     ) -> tuple[Gradients, jax.Array]:
-        """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state.
-
-        `states` are those that `replay_keeping` kept.
-        """
+        """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
+        del state_in, states
         work = self._work(k, v, gates)
         prepared = prepared or work.summaries()
         later = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
-        q, dout = _pad(q), _pad(dout.astype(v.dtype))
-        intra = work.decays.intra(q, work.keys, prepared.totals, self.scale)
-        if states is None:
-            entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
-            states = work.decays.chunk_states(
-                work.keys, work.values, prepared.totals, entering, work.walk(reverse=False), intra
-            )
         leaving, dstate_in = later.enter(work.pad_state(dstate_out), reverse=True)
         dq, dk, dv, dgates = work.decays.gradients(
-            q,
+            _pad(q),
             work.keys,
             work.values,
-            dout,
+            _pad(dout.astype(v.dtype)),
             prepared.totals,
-            states,
+            intra.states,
             leaving,
             work.walk(reverse=True),
             self.scale,
-            intra,
+            intra.decayed,
         )
         dgates = work.cut(dgates, gates.shape[-1])
         if gates.shape[0] < dgates.shape[0]:
@@ -204,6 +235,13 @@ class HopperBackend(Backend):
             work.cut(dq, work.key_width), work.cut(dk, work.key_width), work.cut(dv, work.value_width), dgates
         )
         return gradients, work.cut_state(dstate_in)
+
+
+class _BeforeGradients(NamedTuple):
+    """The states that enter the chunks [B, H, chunks, K, V], and what `replay_intra` gives."""
+
+    states: jax.Array
+    decayed: Decayed | None
 
 
 class _Summaries(NamedTuple):

@@ -230,9 +230,10 @@ class XlaBackend(Backend):
         return self._replay_backwards(stretch_replay, q, k, v, gates, state_in, dout, dstate_out, None)
 
     def replay_intra_adjoint(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, dout: jax.Array
+        self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state_in: jax.Array, dout: jax.Array
     ) -> Gradients | None:
-        """See `Backend.replay_intra_adjoint`; in the accumulation dtype, so that the sum is rounded once."""
+        """The gradients of `replay_intra`, in the accumulation dtype, so that the sum is rounded once."""
+        del state_in
         partition = self._partition(k, v)
         if partition.stretches == 1:
             return None

@@ -230,13 +230,12 @@ def _score(
             own_part[...] = part
             plgpu.barrier_arrive(scored)
             plgpu.barrier_wait(scored)
-            high, low = tile.split(part + tile.load(other_part))
+            both = tile.split(part + tile.load(other_part))
             plgpu.barrier_arrive(scores_read)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            # Each warpgroup writes one of the two.
-            pl.when(warpgroup == 0)(lambda: own_scores.__setitem__(..., high))
-            pl.when(warpgroup == 1)(lambda: own_scores.__setitem__(..., low))
-            plgpu.commit_smem()
+            # A warpgroup writes one of the two parts.
+            for index in range(COMPUTING):
+                pl.when(warpgroup == index)(partial(tile.write, own_scores, both[index]))
             plgpu.copy_smem_to_gmem(own_scores, scores.at[batch, head, chunk, mine])
 
         def walk_through(*, some_strong: bool) -> None:

@@ -168,6 +168,8 @@ class HopperBackend(Backend):
         **prepared: Any,
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state."""
+        if "prepared" not in prepared:
+            prepared["prepared"] = self.prepare(k, v, gates)
         intra = self.replay_intra_adjoint(q, k, v, gates, state_in, dout, **prepared)
         return self.replay_inter_adjoint(q, k, v, gates, state_in, dout, dstate_out, intra, **prepared)
 

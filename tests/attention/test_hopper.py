@@ -19,12 +19,10 @@ from zeco_jax.collectives import AllScanOptions
 from zeco_jax.parallel import AllScanExchange
 
 
-def attention(
-    q, k, v, log_decay=None, *, scale=None, initial_state=None, segment_ids=None, interpret=False, shares_keys=False
-):
+def attention(q, k, v, log_decay=None, *, scale=None, initial_state=None, segment_ids=None, interpret=False):
     """As `zeco_jax.linear_attention`, by a backend with options."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = HopperBackend(scale, interpret=interpret, shares_keys=shares_keys)
+    backend = HopperBackend(scale, interpret=interpret)
     starts = None if segment_ids is None else document_starts(segment_ids, segment_ids[:, :1])
     return attend(q, k, v, log_decay, backend=backend, initial_state=initial_state, starts=starts)
 
@@ -43,7 +41,8 @@ class TestHopper(LinearAttentionContract):
     covers = (
         case("channel-mild", "channel", ("gla",), 130, key_width=24, value_width=40),
         case("channel-strong-packed", "channel", ("mixed", "zero"), 70, segments="odd_places"),
-        case("channel-wide", "channel", ("near_one",), 64, key_width=144, value_width=136, initial_state=False),
+        case("channel-two-by-two", "channel", ("mixed",), 70, key_width=144, value_width=136, segments="odd_places"),
+        case("channel-two-by-three", "channel", ("mixed",), 70, key_width=144, value_width=264, segments="odd_places"),
         case("token-packed", "token", ("mixed", "gla"), 70, segments="odd_places"),
         case("head", "head", ("near_one", "strong"), 64),
     )
@@ -61,6 +60,8 @@ class TestHopperInOneStretch(OneStretch, LinearAttentionContract):
     attend = staticmethod(simulated)
     covers = (
         case("channel-chunks", "channel", ("sometimes_zero",), 190),
+        case("channel-chunks-two-by-two", "channel", ("sometimes_zero",), 190, key_width=144, value_width=136),
+        case("channel-chunks-two-by-three", "channel", ("sometimes_zero",), 190, key_width=144, value_width=264),
         case("token-chunks", "token", ("gla",), 190),
     )
 
@@ -68,22 +69,6 @@ class TestHopperInOneStretch(OneStretch, LinearAttentionContract):
 def in_bfloat16(case):
     options = {name: value for name, value in case.options.items() if name != "chunk_size"}
     return dataclasses.replace(case, dtype="bfloat16", options=options)
-
-
-class TestHopperSharingKeys(LinearAttentionContract):
-    attend = staticmethod(partial(simulated, shares_keys=True))
-    covers = (
-        case("two-tiles-mixed-packed", "channel", ("mixed",), 70, value_width=136, segments="odd_places"),
-        case("mixed-packed", "channel", ("mixed",), 70, key_width=144, value_width=264, segments="odd_places"),
-    )
-
-
-class TestHopperSharingKeysInOneStretch(OneStretch, LinearAttentionContract):
-    attend = staticmethod(partial(simulated, shares_keys=True))
-    covers = (
-        case("two-tiles-chunks", "channel", ("sometimes_zero",), 190, value_width=136),
-        case("chunks", "channel", ("sometimes_zero",), 190, key_width=144, value_width=264),
-    )
 
 
 @pytest.mark.gpu
@@ -99,17 +84,7 @@ class TestHopperInOneStretchOnGpu(OneStretch, LinearAttentionContract):
         # Several sequences: a token's gate has a gradient of some 20,000 products that add up to little by chance.
         case(f"{decay}-chunks-{key_width}-{value_width}", decay, cases.EVERY_REGIME, 320, batch=4, **widths)
         for decay in ("channel", "token")
-        for key_width, value_width in ((128, 128), (256, 512))
-        for widths in ({"key_width": key_width, "value_width": value_width},)
-    )
-
-
-@pytest.mark.gpu
-class TestHopperSharingKeysOnGpu(OneStretch, LinearAttentionContract):
-    attend = staticmethod(partial(attention, shares_keys=True))
-    covers = tuple(
-        case(f"chunks-{key_width}-{value_width}", "channel", cases.EVERY_REGIME, 320, **widths)
-        for key_width, value_width in ((128, 256), (128, 512), (256, 512))
+        for key_width, value_width in ((128, 128), (128, 256), (256, 128), (256, 512))
         for widths in ({"key_width": key_width, "value_width": value_width},)
     )
 
@@ -170,7 +145,7 @@ def test_stretches_fill_the_machine_and_do_not_outnumber_the_chunks():
 
 
 def test_the_part_that_needs_no_state_can_be_done_before():
-    backend = HopperBackend(interpret=True, shares_keys=True)
+    backend = HopperBackend(interpret=True)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 70, 1, width)), jnp.bfloat16) for width in (64, 64, 264))
     gates = jnp.asarray(-rng.uniform(size=q.shape), jnp.float32)
@@ -187,25 +162,24 @@ def test_the_part_that_needs_no_state_can_be_done_before():
 
 
 @pytest.mark.parametrize(
-    ("width", "shares_keys", "kernels"),
+    ("width", "kernels"),
     [
         # Summaries once forward and once backward, however many parts need them; the replay, which keeps the states of
         # the chunks; their cotangents; gradients.
-        pytest.param(128, False, 5, id="narrow"),
+        pytest.param(128, 5, id="narrow"),
         # Keys decayed, the stretches' states, what needs no state, outputs; the same once more in reverse, with the
         # values' gradients instead of the outputs; the chunks' states; the other gradients.
-        pytest.param(512, True, 10, id="shares-keys"),
+        pytest.param(512, 10, id="wide"),
     ],
 )
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_lowers_over_ranks(check_vma, width, shares_keys, kernels):
+def test_lowers_over_ranks(check_vma, width, kernels):
     """The kernels next to an exchange; the simulator knows no meshes, so only lowered."""
     exchange = AllScanExchange(AllScanOptions("seq", "chain"))
     spec = PartitionSpec(None, "seq")
 
     def local(q, v, log_decay):
-        backend = HopperBackend(shares_keys=shares_keys)
-        return attend(q, q, v, log_decay, backend=backend, exchange=exchange)[0]
+        return attend(q, q, v, log_decay, backend=HopperBackend(), exchange=exchange)[0]
 
     def loss(q, v, log_decay):
         ranks = jax.shard_map(local, mesh=mesh(seq=2), in_specs=3 * (spec,), out_specs=spec, check_vma=check_vma)

@@ -1,5 +1,7 @@
 """How fast a head forgets: the kinds of decay, and the projection that makes it depend on the token."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -96,6 +98,26 @@ class DecayGate(nnx.Module):
             return None
         if self.kind == "head":
             return retention_log_decay(self.num_heads)
-        logits = self.up(self.down(x) if self.kind == "channel" else x)
-        log_decay = jax.nn.log_sigmoid(logits) / self.normalizer
-        return log_decay if self.kind == "token" else split_heads(log_decay, self.num_heads)
+        if self.kind == "token":
+            return _log_decay(self.up(x), self.normalizer)
+        # Split before the bias, so that all that follows the product is one pass over the gates.
+        logits = split_heads(self.down(x).astype(jnp.float32) @ self.up.kernel[...], self.num_heads)
+        return _log_decay(logits + self.up.bias[...].reshape(logits.shape[-2:]), self.normalizer)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _log_decay(logits: jax.Array, normalizer: float) -> jax.Array:
+    return jax.nn.log_sigmoid(logits) / normalizer
+
+
+def _forward(logits: jax.Array, normalizer: float) -> tuple[jax.Array, jax.Array]:
+    log_decay = _log_decay(logits, normalizer)
+    # The result says all that the gradient needs: attention keeps it anyway.
+    return log_decay, log_decay
+
+
+def _backward(normalizer: float, log_decay: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (-jnp.expm1(normalizer * log_decay) / normalizer * cotangent,)
+
+
+_log_decay.defvjp(_forward, _backward)

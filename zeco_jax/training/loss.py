@@ -11,11 +11,13 @@ from jax.sharding import PartitionSpec
 from zeco_jax.layers import cut_tokens, mini_sequence_tokens
 from zeco_jax.models import to_logits
 from zeco_jax.parallel import SequenceSharding
-from zeco_jax.varying import cast_varying, varying_axes
+from zeco_jax.varying import match_varying, zeros_varying
 
 # Of logits at a time. Every block reads and writes the kernel's whole gradient, so blocks of thousands of tokens run
 # faster than blocks of hundreds; they should still take little beside the rest.
 _LEAST_BYTES, _MOST_BYTES, _SHARE = 128 << 20, 512 << 20, 8
+
+_Block = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class LossSum(NamedTuple):
@@ -71,9 +73,10 @@ def cross_entropy_of_hidden(
     """`cross_entropy` of the logits `hidden @ kernel`, of which only a block of tokens exists at a time.
 
     The logits of one token are as many as the vocabulary holds, fifteen times a hidden state of the 1b model: of 32K
-    tokens they take 4 GiB, and their gradient as much. Here each rank goes through its own tokens block by block,
-    forward and again backward, where the block's logits are computed a second time (the mini-sequences of MsT, arXiv
-    2407.15892, section 3). The kernel's gradient is summed over blocks in float32 and over ranks once.
+    tokens they take 4 GiB, and their gradient as much. Here each rank goes through its own tokens block by block (the
+    mini-sequences of MsT, arXiv 2407.15892, section 3). Where gradients are asked for, they are computed with the loss,
+    while a block's logits are at hand: MsT computes these a second time. The kernel's gradient is summed over blocks in
+    float32 and over ranks once.
 
     Args:
         hidden: [B, T, D] floats, what the LM head sees.
@@ -106,8 +109,6 @@ def cross_entropy_of_hidden(
     axes = tuple(jax.tree.leaves(tuple(sharding.spec(2))))
 
     def of_rank(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSum:
-        # Before the walk over blocks, so that the ranks' gradients are summed after it, not in every block.
-        kernel = cast_varying(kernel, varying_axes(hidden))
         own = _sum_of_blocks(hidden, kernel, targets, mask, block_tokens)
         return jax.tree.map(lambda x: jax.lax.psum(x, axes), own)
 
@@ -125,18 +126,54 @@ def _sum_of_blocks(
     if targets.size <= most:
         return cross_entropy(to_logits(hidden, kernel), targets, mask)
 
-    @jax.checkpoint
-    def of_block(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSum:
-        return cross_entropy(to_logits(hidden, kernel), targets, mask)
-
-    def step(total: LossSum, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[LossSum, None]:
-        hidden, targets, mask = block
-        return jax.tree.map(jnp.add, total, of_block(hidden, kernel, targets, mask)), None
-
     # What fills the last block up has a mask of False.
-    blocks = tuple(cut_tokens(x.reshape(targets.size, *x.shape[2:]), most) for x in (hidden, targets, mask))
-    nothing = cast_varying(jnp.zeros((), jnp.float32), varying_axes(hidden, kernel, targets, mask))
-    return jax.lax.scan(step, LossSum(nothing, nothing), blocks)[0]
+    blocks = [cut_tokens(x.reshape(targets.size, *x.shape[2:]), most) for x in (hidden, targets, mask)]
+    # Cast here, so that the ranks' gradients are summed after the walk over blocks, not in every block.
+    hidden, targets, mask, kernel = match_varying([*blocks, kernel])
+    return LossSum(_total(hidden, kernel, targets, mask), jnp.sum(mask, dtype=jnp.float32))
+
+
+@jax.custom_vjp
+def _total(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """The loss of blocks of tokens, hidden [blocks, tokens, D]."""
+
+    def step(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
+        hidden, targets, mask = block
+        return total + cross_entropy(to_logits(hidden, kernel), targets, mask).total, None
+
+    return jax.lax.scan(step, zeros_varying((), jnp.float32, hidden), (hidden, targets, mask))[0]
+
+
+def _total_and_gradients(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The loss, and its gradients with respect to `hidden` and `kernel`."""
+    narrow = kernel.astype(hidden.dtype)
+
+    def step(sums: tuple[jax.Array, jax.Array], block: _Block) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        total, dkernel = sums
+        hidden, targets, mask = block
+        logits = to_logits(hidden, narrow)
+        total += cross_entropy(logits, targets, mask).total
+        errors = jax.nn.softmax(logits) - jax.nn.one_hot(targets, logits.shape[-1])
+        # Rounded like the operands, so that products over the whole vocabulary run as fast as the one for the logits.
+        errors = jnp.where(mask[:, None], errors, 0.0).astype(hidden.dtype)
+        dkernel += jnp.matmul(hidden.T, errors, preferred_element_type=dkernel.dtype)
+        return (total, dkernel), errors @ narrow.T
+
+    sums = tuple(
+        zeros_varying(shape, dtype, hidden) for shape, dtype in (((), jnp.float32), (kernel.shape, kernel.dtype))
+    )
+    (total, dkernel), dhidden = jax.lax.scan(step, sums, (hidden, targets, mask))
+    return total, (dhidden, dkernel)
+
+
+def _scaled(gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array | None, ...]:
+    dhidden, dkernel = ((gradient * cotangent).astype(gradient.dtype) for gradient in gradients)
+    return dhidden, dkernel, None, None
+
+
+_total.defvjp(_total_and_gradients, _scaled)
 
 
 def _default_block_tokens(tokens: int, vocabulary: int) -> int:

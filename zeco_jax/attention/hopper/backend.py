@@ -18,7 +18,7 @@ from zeco_jax.platforms import device_in_scope
 
 _WIDEST_KEY = 256
 _WIDEST_VALUE = 512
-# From so many tiles of values on, keys decayed once for all of them pay for their way through device memory.
+# From so many tiles of values on, keys and scores decayed once for all of them pay for their way through device memory.
 _MANY_VALUE_TILES = 3
 
 
@@ -30,14 +30,11 @@ class HopperBackend(Backend):
     summaries gives the state that enters each, one pass replays them. See NOTES.md in this folder.
 
     Attributes:
-        shares_keys: with a decay per channel and V > 128, keys are decayed once for several tiles of values, with
-            V > 256 queries and scores as well. Not measured on a GPU yet, see NOTES.md.
         interpret: simulate the kernels, on any device.
     """
 
     takes_infinite_gates: ClassVar[bool] = True
 
-    shares_keys: bool = field(default=False, kw_only=True)
     interpret: bool = field(default=False, kw_only=True)
 
     def check(self, call: Call) -> None:
@@ -63,8 +60,8 @@ class HopperBackend(Backend):
         """The summaries of the stretches, walked backwards."""
         return self._work(q, dout, gates).summaries(reverse=True, scale=self.scale)
 
-    def _work(self, keys: jax.Array, values: jax.Array, gates: jax.Array) -> "_Work":
-        return _Work.of(keys, values, gates, shares_keys=self.shares_keys, interpret=self.interpret)
+    def _work(self, keys: jax.Array, values: jax.Array, gates: jax.Array, *, for_gradients: bool = False) -> "_Work":
+        return _Work.of(keys, values, gates, for_gradients=for_gradients, interpret=self.interpret)
 
     def summarize(
         self, k: jax.Array, v: jax.Array, gates: jax.Array, *, prepared: "_Summaries | None" = None
@@ -104,14 +101,13 @@ class HopperBackend(Backend):
         work = self._work(k, v, gates)
         prepared = prepared or work.summaries()
         entering, state_out = prepared.enter(work.pad_state(state_in), reverse=False)
-        walk = work.walk(reverse=False)
         out, states = work.decays.replay(
             _pad(q),
             work.keys,
             work.values,
             prepared.totals,
             entering,
-            walk,
+            prepared.walk(reverse=False),
             self.scale,
             intra=intra,
             keep_states=keep_states,
@@ -188,12 +184,12 @@ class HopperBackend(Backend):
     ) -> "_BeforeGradients":
         """The chunks' states, computed unless they were kept, and what `replay_intra` gives."""
         del dout, prepared_adjoint
-        work = self._work(k, v, gates)
-        prepared = prepared or work.summaries()
+        work = self._work(k, v, gates, for_gradients=True)
+        prepared = prepared or self.prepare(k, v, gates)
         decayed = work.decays.intra(_pad(q), work.keys, prepared.totals, self.scale)
         if states is None:
             entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
-            walk = work.walk(reverse=False)
+            walk = prepared.walk(reverse=False)
             states = work.decays.chunk_states(work.keys, work.values, prepared.totals, entering, walk, decayed)
         return _BeforeGradients(states, decayed)
 
@@ -214,8 +210,8 @@ class HopperBackend(Backend):
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
         del state_in, states
-        work = self._work(k, v, gates)
-        prepared = prepared or work.summaries()
+        work = self._work(k, v, gates, for_gradients=True)
+        prepared = prepared or self.prepare(k, v, gates)
         later = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
         leaving, dstate_in = later.enter(work.pad_state(dstate_out), reverse=True)
         dq, dk, dv, dgates = work.decays.gradients(
@@ -226,7 +222,7 @@ class HopperBackend(Backend):
             prepared.totals,
             intra.states,
             leaving,
-            work.walk(reverse=True),
+            later.walk(reverse=True),
             self.scale,
             intra.decayed,
         )
@@ -252,9 +248,13 @@ class _Summaries(NamedTuple):
     states: jax.Array
     totals: jax.Array
 
+    def walk(self, *, reverse: bool) -> Walk:
+        """The stretches."""
+        return Walk(self.totals.shape[2], self.states.shape[2], reverse)
+
     def enter(self, first: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array]:
         """The state that enters each stretch, given that of the first one walked; and what leaves the last one."""
-        walk = Walk(self.totals.shape[2], self.states.shape[2], reverse)
+        walk = self.walk(reverse=reverse)
         decays = jnp.exp(jnp.sum(walk.by_stretch(self.totals), axis=3))
         order = -1 if reverse else 1
         entering = []
@@ -276,30 +276,28 @@ class _Work(NamedTuple):
     value_width: int
 
     @classmethod
-    def of(cls, keys: jax.Array, values: jax.Array, gates: jax.Array, *, shares_keys: bool, interpret: bool) -> "_Work":
+    def of(
+        cls, keys: jax.Array, values: jax.Array, gates: jax.Array, *, for_gradients: bool, interpret: bool
+    ) -> "_Work":
         """Pads with zeros: keys and values that add nothing, gates that don't decay."""
         tokens, key_width, value_width = keys.shape[1], keys.shape[-1], values.shape[-1]
         keys, values = _pad(keys), _pad(values)
-        value_tiles = values.shape[-1] // TILE
+        key_tiles, value_tiles = keys.shape[-1] // TILE, values.shape[-1] // TILE
         if gates.shape[-1] == 1:
             decays = ScalarDecays.of(gates, interpret)
-        elif shares_keys and value_tiles >= _MANY_VALUE_TILES:
+        elif value_tiles >= _MANY_VALUE_TILES or (for_gradients and key_tiles * value_tiles > 1):
             decays = WideChannelDecays(_pad(gates), interpret)
         else:
-            together = 2 if shares_keys and value_tiles == 2 else 1
-            decays = ChannelDecays(_pad(gates), interpret, together)
+            decays = ChannelDecays(_pad(gates), interpret, together=value_tiles)
         return cls(keys, values, decays, tokens, key_width, value_width)
-
-    def walk(self, *, reverse: bool) -> Walk:
-        """The stretches."""
-        batch, tokens, heads, _ = self.keys.shape
-        # The replay takes one tile of the keys after the other.
-        blocks = batch * heads * (self.values.shape[-1] // TILE) // self.decays.together
-        return Walk(tokens // CHUNK, stretches(blocks, tokens // CHUNK), reverse)
 
     def summaries(self, *, reverse: bool = False, scale: float = 1.0) -> _Summaries:
         """What the stretches do to a state."""
-        return _Summaries(*self.decays.stretch_states(self.keys, self.values, self.walk(reverse=reverse), scale))
+        batch, tokens, heads, _ = self.keys.shape
+        # The replay takes one tile of the keys after the other.
+        blocks = batch * heads * (self.values.shape[-1] // TILE) // self.decays.together
+        walk = Walk(tokens // CHUNK, stretches(blocks, tokens // CHUNK), reverse)
+        return _Summaries(*self.decays.stretch_states(self.keys, self.values, walk, scale))
 
     def pad_state(self, state: jax.Array) -> jax.Array:
         """[B, H, K, V] in whole tiles."""

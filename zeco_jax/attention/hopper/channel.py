@@ -9,14 +9,14 @@ from zeco_jax.attention.hopper.chunk_gradients import chunk_gradients
 from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replay_channel import replay_channel
 from zeco_jax.attention.hopper.states import chunk_states, stretch_states
-from zeco_jax.attention.hopper.tile import COMPUTING, FACTORED_LIMIT, HALF, TILE, summed_tiles
+from zeco_jax.attention.hopper.tile import COMPUTING, FACTORED_LIMIT, HALF, TILE
 from zeco_jax.attention.hopper.walk import Walk
 
 
 class ChannelDecays(NamedTuple):
     """Gates [B, T, H, K] float32, T a multiple of CHUNK, K of TILE; and whether the kernels are simulated.
 
-    The states' kernels take so many tiles of the values `together`.
+    The kernel of the stretches' states takes so many tiles of the values `together`, one or two.
     """
 
     gates: jax.Array
@@ -36,7 +36,7 @@ class ChannelDecays(NamedTuple):
     ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
         del totals, intra
-        return self._chunk_states(k, v, entering, walk)
+        return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)
 
     def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
         """Nothing: the replay needs the state for all it does."""
@@ -58,7 +58,7 @@ class ChannelDecays(NamedTuple):
         """The outputs [B, T, H, V], and the chunks' states where they are to be kept."""
         del intra
         # Wider states cost more than they save where rematerialisation runs the replay twice, see NOTES.md.
-        keep_states = keep_states and max(q.shape[-1], v.shape[-1]) <= TILE
+        keep_states = keep_states and _is_one_tile(q, v)
         out, *states = replay_channel(
             q,
             k,
@@ -87,25 +87,11 @@ class ChannelDecays(NamedTuple):
         scale: float,
         intra: None = None,
     ) -> tuple[jax.Array, ...]:
-        """The gradients of q, k, v and the gates."""
+        """The gradients of q, k, v and the gates, for states of one tile."""
         del intra
-        cotangents = self._chunk_states(q, dout, leaving, walk, scale)
+        cotangents = chunk_states(q, dout, self.gates, leaving, walk=walk, scale=scale, interpret=self.interpret)
         return channel_gradients(
             q, k, v, self.gates, dout, totals, states, cotangents, scale=scale, interpret=self.interpret
-        )
-
-    def _chunk_states(
-        self, keys: jax.Array, values: jax.Array, entering: jax.Array, walk: Walk, scale: float = 1.0
-    ) -> jax.Array:
-        return chunk_states(
-            keys,
-            values,
-            self.gates,
-            entering,
-            walk=walk,
-            scale=scale,
-            together=self.together,
-            interpret=self.interpret,
         )
 
 
@@ -121,14 +107,13 @@ def channel_gradients(
     *,
     scale: float,
     interpret: bool,
-    with_values: bool = True,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of q, k, v (if asked for) and the gates, from states and cotangents at the chunks' borders."""
+    """The gradients of q, k, v (with states of one tile) and gates, from what is at the chunks' borders."""
     batch, _, heads, width = q.shape
     chunks = totals.shape[2]
     walk = Walk(chunks, stretches(batch * heads * (width // TILE), chunks))
     strong = strong_chunks(totals, walk)
-    dq, dk, *dv, dgates = chunk_gradients(
+    return chunk_gradients(
         q,
         k,
         v,
@@ -140,10 +125,13 @@ def channel_gradients(
         cotangents,
         walk=walk,
         scale=scale,
-        with_values=with_values,
+        with_values=_is_one_tile(q, v),
         interpret=interpret,
     )
-    return dq, dk, *map(summed_tiles, dv), dgates
+
+
+def _is_one_tile(keys: jax.Array, values: jax.Array) -> bool:
+    return max(keys.shape[-1], values.shape[-1]) == TILE
 
 
 def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:

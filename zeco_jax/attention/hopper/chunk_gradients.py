@@ -74,25 +74,29 @@ def chunk_gradients(
         leaving: [B, H, chunks, K, V] bfloat16, from D as `states.chunk_states` writes it.
         walk: which chunks a block of threads takes.
         scale: factor on the outputs.
-        with_values: whether the gradient of the values is asked for.
+        with_values: whether the gradient of the values is asked for, of states of one tile.
         interpret: simulate the kernel.
 
     Returns:
-        dq and dk [B, T, H, K] bfloat16; if asked for dv [K / TILE, B, T, H, V], to be summed over its first axis,
-        float32, or bfloat16 if there is but one part; and dgates [B, T, H, K] float32.
+        dq and dk [B, T, H, K] bfloat16; if asked for dv [B, T, H, V] bfloat16; and dgates [B, T, H, K] float32.
+
+    Raises:
+        NotImplementedError: the gradient of the values, where states take more than one tile.
     """
+    if with_values and max(q.shape[-1], v.shape[-1]) > TILE:
+        raise NotImplementedError(
+            f"the gradient of the values for states of one tile, not {q.shape[-1]} x {v.shape[-1]}"
+        )
     batch, _, heads, width = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
-    # Parts of a sum aren't rounded.
-    dv = (float32 if width > TILE else bfloat16)(width // TILE, *v.shape)
     *gradients, _ = launch(
         partial(_gradients, walk=walk, scale=scale),
         (q, k, v, gates, dout, totals, strong, some_strong, states, leaving),
         (
             bfloat16(*q.shape),
             bfloat16(*k.shape),
-            *([dv] if with_values else []),
+            *([bfloat16(*v.shape)] if with_values else []),
             float32(*gates.shape),
             float32(batch, heads, walk.stretches, width // TILE, COMPUTING, _FOUND + _WAITING, *_SQUARE),
         ),
@@ -350,14 +354,10 @@ def _gradients(
                     *((k_tile.at[i + zero], leaving_tile.at[i + zero, :, own]) for i in range(COMPUTING)),
                 )
                 plgpu.barrier_arrive(values_used)
-                own_values = pl.ds(value_tile * TILE + mine * HALF, HALF)
-                if dv.dtype == jnp.float32:
-                    dv[key_tile, batch, tokens, head, own_values] = dv_own
-                    return passed_on
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 own_staged[...] = dv_own.astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(own_staged, dv.at[key_tile, batch, tokens, head, own_values])
+                plgpu.copy_smem_to_gmem(own_staged, dv.at[batch, tokens, head, own])
                 return passed_on
 
             def pass_more(value_tile: jax.Array, passed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

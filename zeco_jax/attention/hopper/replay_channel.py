@@ -256,13 +256,13 @@ def _replay(
             before, after = (plgpu.load(factors.at[i], layout=tile.ROW) for i in range(2))
             plgpu.barrier_arrive(scores_read)
             v_own = v_tile.at[slot, :, own]
-            result, added = tile.products(
-                ((CHUNK, HALF), [(q_tile.at[slot], own_state), *((part, v_own) for part in scored)]),
-                ((TILE, HALF), [(k_tile.at[slot].transpose((1, 0)), v_own)]),
+            result, state = tile.added_products(
+                (tile.zeros(CHUNK, HALF), [(q_tile.at[slot], own_state), *((part, v_own) for part in scored)]),
+                (state * tile.along_rows(before, HALF), [(k_tile.at[slot].transpose((1, 0)), v_own)]),
                 staging=stage,
             )
             plgpu.barrier_arrive(used.at[slot])
-            state = (state * tile.along_rows(before, HALF) + added) * tile.along_rows(after, HALF)
+            state *= tile.along_rows(after, HALF)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             for part in earlier:
                 result += tile.load_global(part.at[batch, tokens, head, own_values]).astype(jnp.float32)

@@ -72,7 +72,6 @@ def chunk_states(
     *,
     walk: Walk,
     scale: float = 1.0,
-    together: int = 1,
     interpret: bool = False,
 ) -> jax.Array:
     r"""The state that enters each chunk, given those that enter the stretches.
@@ -87,7 +86,6 @@ def chunk_states(
         entering: [B, H, stretches, K, V] float32.
         walk: the stretches.
         scale: factor on what keys and values add.
-        together: tiles of the values that a block of threads takes, a divisor of their number.
         interpret: simulate the kernel.
 
     Returns:
@@ -95,9 +93,7 @@ def chunk_states(
     """
     batch, _, heads, width = keys.shape
     outputs = (bfloat16(batch, heads, walk.chunks, width, values.shape[-1]),)
-    (states,) = _launch(
-        keys, values, gates, (entering,), outputs, walk=walk, scale=scale, together=together, interpret=interpret
-    )
+    (states,) = _launch(keys, values, gates, (entering,), outputs, walk=walk, scale=scale, interpret=interpret)
     return states
 
 
@@ -110,7 +106,7 @@ def _launch(
     *,
     walk: Walk,
     scale: float,
-    together: int,
+    together: int = 1,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     batch, _, heads, width = keys.shape
@@ -126,12 +122,7 @@ def _launch(
         "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
     }
     if entering:
-        state_tile = tile.bf16_tile(COMPUTING, HALF, TILE)
-        if together == 1:
-            scratch["state_tile"] = state_tile
-        else:
-            # There is no room for both; each has been read before the other is written.
-            scratch["pair"] = plgpu.RefUnion(scratch["pair"], state_tile)
+        scratch["state_tile"] = tile.bf16_tile(COMPUTING, HALF, TILE)
     return launch(
         partial(_traced if entering else _summarized, walk=walk, scale=scale),
         (keys, values, gates, *entering),
@@ -183,14 +174,11 @@ def _traced(
     nothing: Ref,
     states: Ref,
     *,
-    pair: Ref,
-    state_tile: Ref | None = None,
+    state_tile: Ref,
     walk: Walk,
     **options: Any,
 ) -> None:
     del nothing
-    if state_tile is None:
-        pair, state_tile = pair
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     rows = _rows()
     own = state_tile.at[lax.axis_index("warpgroup")]
@@ -211,7 +199,7 @@ def _traced(
     def first(columns: pl.Slice) -> jax.Array:
         return tile.load_global(entering.at[batch, head, stretch, rows, columns])
 
-    _walk(keys, values, gates, first, before, after, pair=pair, walk=walk, **options)
+    _walk(keys, values, gates, first, before, after, walk=walk, **options)
 
 
 def _rows() -> pl.Slice:
@@ -277,9 +265,6 @@ def _walk(
         def step_body(step: jax.Array, left: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slot = lax.rem(step, _SLOTS)
             plgpu.barrier_wait(fetched.at[slot])
-            if len(left) > 1:
-                # The states have left the place.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile.write_split(own_pair, jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE))
             plgpu.commit_smem()
             decays, total = tile.products(
@@ -295,14 +280,10 @@ def _walk(
             before(walk.chunk(stretch, step), left, total)
             decay = tile.along_rows(jnp.exp(total), TILE)
             flipped = own_keys.transpose((1, 0))
-            if len(left) == 1:
-                added = tile.product((HALF, TILE), (flipped, values_tile.at[slot, 0]), staging=stage)
-                left = (left[0] * decay + added,)
-            else:
-                # In place: the registers hold no more. Pallas's `run_state` takes no constants as indices.
-                places = (values_tile.at[slot, i + hidden_zero(step)] for i in range(len(left)))
-                jobs = ((state * decay, [(flipped, place)]) for state, place in zip(left, places, strict=True))
-                left = tile.added_products(*jobs, staging=stage)
+            # Pallas's `run_state` takes no constants as indices.
+            places = (values_tile.at[slot, i + hidden_zero(step)] for i in range(len(left)))
+            jobs = ((state * decay, [(flipped, place)]) for state, place in zip(left, places, strict=True))
+            left = tile.added_products(*jobs, staging=stage)
             plgpu.barrier_arrive(used.at[slot])
             return left
 

@@ -1,4 +1,4 @@
-"""Decays per key channel and many tiles of values: what depends on keys alone is done once for all of them."""
+"""Decays per key channel and states of several tiles: what depends on keys alone is done once for all of values."""
 
 from typing import NamedTuple
 
@@ -96,7 +96,6 @@ class WideChannelDecays(NamedTuple):
             states,
             cotangents,
             scale=scale,
-            with_values=False,
             interpret=self.interpret,
         )
         return dq, dk, dv, dgates

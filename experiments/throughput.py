@@ -15,6 +15,7 @@ Prints a table and writes throughput.json and throughput.png.
 
 import contextlib
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -281,9 +282,11 @@ def draw(config: ThroughputConfig, measurements: Sequence[Measurement], path: Pa
         (line,) = axes.plot(lengths, median, marker="o")
         axes.fill_between(lengths, slow, fast, alpha=0.15, color=line.get_color())
         axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens per sequence", ylabel="tokens/s per device", ylim=(0, None))
+        axes.set_ylim(0, 1.1 * max(fast))
+    axes.set(xlabel="tokens per sequence", ylabel="tokens/s per device")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
-    figure.suptitle(table(config, measurements).title)
+    figure.suptitle(textwrap.fill(table(config, measurements).title, 70))
     figure.savefig(path, dpi=120)
 
 

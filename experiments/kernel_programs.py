@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -152,18 +152,19 @@ class Check:
         """Runs the recurrence."""
         with jax.enable_x64(True):
             oracle = Contender("oracle", case, lambda arrays: linear_attention(**arrays, backend="reference")[0])
-            return cls(case, arrays, results(oracle, {name: jnp.float64(array) for name, array in arrays.items()}))
+            wide = {name: jnp.float64(array) for name, array in arrays.items()}
+            return cls(case, arrays, results(jax.jit(function(oracle, "gradient")), wide))
 
-    def errors(self, contender: Contender) -> dict[str, float]:
-        """Relative RMS of `contender` on these inputs, by name."""
+    def errors(self, program: Program) -> dict[str, float]:
+        """Relative RMS on these inputs, by name, of a program for the gradients."""
         arrays = {name: jnp.asarray(array, dtype_of(name)) for name, array in self.arrays.items()}
-        return errors_of(results(contender, arrays), self.want)
+        return errors_of(results(program, arrays), self.want)
 
 
-def results(contender: Contender, arrays: Arrays) -> dict[str, np.ndarray]:
+def results(program: Program, arrays: Arrays) -> dict[str, np.ndarray]:
     """The outputs as `out` and the gradients by the names of what they belong to."""
     arguments = {name: array for name, array in arrays.items() if name != "cotangent"}
-    out, gradients = jax.jit(function(contender, "gradient"))(arguments, arrays["cotangent"])
+    out, gradients = program(arguments, arrays["cotangent"])
     return {name: np.asarray(array, np.float64) for name, array in {"out": out, **gradients}.items()}
 
 
@@ -174,14 +175,51 @@ class Compiled(NamedTuple):
     extra_bytes: int
 
 
-def compiled(contender: Contender, direction: Direction) -> Compiled:
-    """Compiles for the contender's case."""
-    shapes = contender.case.array_shapes
+def lowered(contender: Contender, case: Case, direction: Direction) -> jax.stages.Lowered:
+    """A contender's program for the shapes of a case; needs no device."""
+    shapes = case.array_shapes
     arrays = {name: jax.ShapeDtypeStruct(shape, dtype_of(name)) for name, shape in shapes.items()}
     cotangent = jax.ShapeDtypeStruct(shapes["v"], dtype_of("cotangent"))
-    program = jax.jit(function(contender, direction)).lower(arrays, cotangent).compile()
+    return jax.jit(function(contender, direction)).lower(arrays, cotangent)
+
+
+def compiled(lowering: Future[jax.stages.Lowered]) -> Compiled:
+    """The program that comes of it."""
+    program = lowering.result().compile()
     memory = program.memory_analysis()
     return Compiled(program, memory.temp_size_in_bytes + memory.output_size_in_bytes)
+
+
+Key = tuple[Case, str, Direction]
+"""A program: its shapes, its contender's name, and its pass."""
+
+
+def lower_all(
+    pool: Executor,
+    contenders: Mapping[Case, Sequence[Contender]],
+    shorts: Mapping[Case, Sequence[Case]],
+    directions: Sequence[Direction],
+) -> dict[Key, Future[jax.stages.Lowered]]:
+    """Begins to lower every program.
+
+    It takes longer than compiling, as Python does it, one program after the other; and it leaves the device alone.
+
+    Args:
+        pool: does it.
+        contenders: by case.
+        shorts: cases to compare on, by case.
+        directions: passes of the cases; comparisons take gradients.
+    """
+    tasks: dict[Key, Future] = {}
+    for case, several in contenders.items():
+        for one in several:
+            wanted = [(case, direction) for direction in directions]
+            # Cases that differ in T only share their comparisons.
+            wanted += [(short, "gradient") for short in shorts[case] if one.linear]
+            for shape, direction in wanted:
+                if (shape, one.name, direction) not in tasks:
+                    tasks[shape, one.name, direction] = pool.submit(lowered, one, shape, direction)
+    return tasks
 
 
 class Prepared(NamedTuple):
@@ -202,8 +240,9 @@ class Prepared(NamedTuple):
 
 def prepare(
     contenders: Mapping[Case, Sequence[Contender]],
-    checks: Mapping[Case, Sequence["Check"]],
+    checks: Mapping[Case, Sequence[Check]],
     directions: Sequence[Direction],
+    lowering: Mapping[Key, Future[jax.stages.Lowered]],
     advance: Callable[[], None],
 ) -> dict[Case, list[Prepared]]:
     """Compiles everything at once, and holds it against the oracle; whatever fails leaves a note.
@@ -211,7 +250,8 @@ def prepare(
     Args:
         contenders: by case.
         checks: by case.
-        directions: passes to compile.
+        directions: passes to time.
+        lowering: all programs, from `lower_all`.
         advance: is called when a program is compiled, or has been compared.
     """
 
@@ -224,17 +264,20 @@ def prepare(
         finally:
             advance()
 
-    # Cases that differ in T only share their comparisons.
-    compiling: dict[tuple[Case, str, Direction], Future] = {}
+    def compare(check: Check, program: Future[Compiled | Exception]) -> dict[str, float]:
+        if isinstance(program.result(), Exception):
+            raise program.result()
+        return check.errors(program.result().program)
+
     comparing: dict[tuple[Case, str], Future] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = {key: pool.submit(attempt, partial(compiled, task)) for key, task in lowering.items()}
         for case, several in contenders.items():
             for one in several:
-                for direction in directions:
-                    compiling[case, one.name, direction] = pool.submit(attempt, partial(compiled, one, direction))
                 for check in checks[case] if one.linear else ():
                     if (check.case, one.name) not in comparing:
-                        comparing[check.case, one.name] = pool.submit(attempt, partial(check.errors, one))
+                        program = compiling[check.case, one.name, "gradient"]
+                        comparing[check.case, one.name] = pool.submit(attempt, partial(compare, check, program))
 
     def gather(case: Case, contender: Contender) -> Prepared:
         name = contender.name

@@ -48,6 +48,7 @@ from experiments.kernel_programs import (
     Prepared,
     backend_contender,
     input_sets,
+    lower_all,
     measure_rates,
     prepare,
     softmax_contender,
@@ -176,18 +177,18 @@ def check_inputs(case: Case) -> list[tuple[Case, dict]]:
 
 
 def measure_peers(
-    config: KernelsConfig, cases: Sequence[Case], console: Console
+    config: KernelsConfig, inputs: Mapping[Case, Sequence[tuple[Case, dict]]], console: Console
 ) -> tuple[dict[Case, PeerResult], dict[str, str]]:
-    """FLA on all cases, or the reason why not, and the versions of its packages."""
+    """FLA on all cases, given inputs to compare on, or the reason why not, and the versions of its packages."""
     reason = missing_packages()
     if not reason and jax.default_backend() != "gpu":
         reason = "needs a GPU"
     if reason:
-        return {case: PeerResult("FLA", reason=reason) for case in cases}, {}
+        return {case: PeerResult("FLA", reason=reason) for case in inputs}, {}
     with tempfile.TemporaryDirectory() as folder:
         return measure_fla(
-            cases,
-            {case: [arrays for _, arrays in check_inputs(case)] for case in cases},
+            list(inputs),
+            {case: [arrays for _, arrays in several] for case, several in inputs.items()},
             config.passes,
             Path(folder),
             seconds=config.seconds / 2,
@@ -270,20 +271,24 @@ def errors_for(direction: Direction, errors: Mapping[str, float]) -> dict[str, f
 def measure_all(config: KernelsConfig, console: Console) -> Results:
     """FLA first, while this process holds no memory of the GPU; then everything else, case by case."""
     cases = cases_of(config)
-    peers, versions = measure_peers(config, cases, console) if "fla" in config.peers else ({}, {})
     contenders = {case: contenders_of(config, case) for case in cases}
+    inputs = {case: check_inputs(case) for case in cases}
+    shorts = {case: [short for short, _ in inputs[case]] for case in cases}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        shorts = {short: arrays for case in cases for short, arrays in check_inputs(case)}
-        computing = progress.add_task("inputs computed by the oracle", total=len(shorts))
-        with ThreadPoolExecutor(ORACLES) as pool:
-            pending = {short: pool.submit(Check.of, short, arrays) for short, arrays in shorts.items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(*columns, console=console) as progress:
+        # Meanwhile FLA has the device, in processes of its own.
+        lowering = lower_all(pool, contenders, shorts, config.passes)
+        peers, versions = measure_peers(config, inputs, console) if "fla" in config.peers else ({}, {})
+        arrays = {short: given for case in cases for short, given in inputs[case]}
+        computing = progress.add_task("inputs computed by the oracle", total=len(arrays))
+        with ThreadPoolExecutor(ORACLES) as oracles:
+            pending = {short: oracles.submit(Check.of, short, given) for short, given in arrays.items()}
             for task in as_completed(pending.values()):
                 task.result()
                 progress.advance(computing)
-        checks = {case: [pending[short].result() for short, _ in check_inputs(case)] for case in cases}
+        checks = {case: [pending[short].result() for short in shorts[case]] for case in cases}
         preparing = progress.add_task("programs compiled or compared", total=None)
-        prepared = prepare(contenders, checks, config.passes, partial(progress.advance, preparing))
+        prepared = prepare(contenders, checks, config.passes, lowering, partial(progress.advance, preparing))
         rates = measure_rates(config.seconds)
         timing = progress.add_task("cases timed", total=len(cases))
         measurements = []

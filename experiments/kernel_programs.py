@@ -213,7 +213,7 @@ def lower_all(
     tasks: dict[Key, Future] = {}
     for case, several in contenders.items():
         for one in several:
-            wanted = [(case, direction) for direction in directions]
+            wanted = [(one.case, direction) for direction in directions]
             # Cases that differ in T only share their comparisons.
             wanted += [(short, "gradient") for short in shorts[case] if one.linear]
             for shape, direction in wanted:
@@ -281,7 +281,7 @@ def prepare(
 
     def gather(case: Case, contender: Contender) -> Prepared:
         name = contender.name
-        programs = {direction: compiling[case, name, direction].result() for direction in directions}
+        programs = {direction: compiling[contender.case, name, direction].result() for direction in directions}
         errors = [comparing[check.case, name].result() for check in checks[case] if contender.linear]
         failures = [value for value in (*programs.values(), *errors) if isinstance(value, Exception)]
         return Prepared(

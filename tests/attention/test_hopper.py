@@ -41,7 +41,8 @@ class TestHopper(LinearAttentionContract):
     covers = (
         case("channel-mild", "channel", ("gla",), 130, key_width=24, value_width=40),
         case("channel-strong-packed", "channel", ("mixed", "zero"), 70, segments="odd_places"),
-        case("channel-two-by-two", "channel", ("mixed",), 70, key_width=144, value_width=136, segments="odd_places"),
+        case("channel-one-by-two", "channel", ("mixed",), 70, value_width=136, segments="odd_places"),
+        case("channel-two-by-one", "channel", ("gla",), 70, key_width=144),
         case("channel-two-by-three", "channel", ("mixed",), 70, key_width=144, value_width=264, segments="odd_places"),
         case("token-packed", "token", ("mixed", "gla"), 70, segments="odd_places"),
         case("head", "head", ("near_one", "strong"), 64),

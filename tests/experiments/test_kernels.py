@@ -1,5 +1,6 @@
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from experiments.kernel_cases import (
     operations,
     relative_rms,
 )
+from experiments.kernel_programs import Contender, draw, lower_all, prepare
 from experiments.measuring import Timing
 from tests.agreement import RELATIVE_RMS
 from tests.experiments.mistakes import error_of
@@ -251,3 +253,16 @@ def test_ratio_is_over_fla_on_the_same_case_and_pass():
     results = kernels.Results(config, Rates(1.0, 1.0), [ours, softmax, slow, backward, fla], {}, {})
     ratios = [row["over_fla"] for row in kernels.record(results)["measurements"]]
     assert ratios == [0.25, None, 1.0, 1.0, 1.0]
+
+
+def test_contender_with_shapes_of_its_own_is_compiled_for_them():
+    """As softmax attention is, whose heads are others."""
+    case = Case("tiny", SHAPES["tiny"], "channel")
+    own = Case("tiny", Shape(batch=1, tokens=8, heads=2, key_width=4, value_width=4), "none")
+    other = Contender("other", own, lambda arrays: arrays["q"] * arrays["k"] * arrays["v"], linear=False)
+    contenders, nothing, passes = {case: [other]}, {case: []}, ("forward", "gradient")
+    with ThreadPoolExecutor(1) as pool:
+        lowering = lower_all(pool, contenders, nothing, passes)
+    (prepared,) = prepare(contenders, nothing, passes, lowering, lambda: None)[case]
+    out, gradients = prepared.compiled["gradient"].program(*draw(own))
+    assert (prepared.note, out.shape, set(gradients)) == ("", (1, 8, 2, 4), {"q", "k", "v"})

@@ -101,8 +101,9 @@ class DecayGate(nnx.Module):
         if self.kind == "token":
             return _log_decay(self.up(x), self.normalizer)
         # Split before the bias, so that all that follows the product is one pass over the gates.
-        logits = split_heads(self.down(x).astype(jnp.float32) @ self.up.kernel[...], self.num_heads)
-        return _log_decay(logits + self.up.bias[...].reshape(logits.shape[-2:]), self.normalizer)
+        kernel, bias = (parameter[...].astype(jnp.float32) for parameter in (self.up.kernel, self.up.bias))
+        logits = split_heads(self.down(x).astype(jnp.float32) @ kernel, self.num_heads)
+        return _log_decay(logits + bias.reshape(logits.shape[-2:]), self.normalizer)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -112,7 +113,7 @@ def _log_decay(logits: jax.Array, normalizer: float) -> jax.Array:
 
 def _forward(logits: jax.Array, normalizer: float) -> tuple[jax.Array, jax.Array]:
     log_decay = _log_decay(logits, normalizer)
-    # The result says all that the gradient needs: attention keeps it anyway.
+    # The result says all that the gradient needs; without packed documents attention keeps it anyway.
     return log_decay, log_decay
 
 

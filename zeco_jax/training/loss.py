@@ -44,7 +44,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> Los
 
     Args:
         logits: [B, T, vocabulary], any float type.
-        targets: [B, T] integers.
+        targets: [B, T] integers, from 0 to vocabulary - 1 where the mask counts them.
         mask: [B, T] bool, True where the target counts.
 
     Returns:
@@ -81,7 +81,7 @@ def cross_entropy_of_hidden(
     Args:
         hidden: [B, T, D] floats, what the LM head sees.
         kernel: [D, vocabulary] float32.
-        targets: [B, T] integers.
+        targets: [B, T] integers, from 0 to vocabulary - 1 where the mask counts them.
         mask: [B, T] bool, True where the target counts.
         sharding: how [B, T, ...] lies on a mesh; None: on one device.
         block_tokens: tokens at a time on each device; None: an eighth of them, but as many as have 128 MiB of logits,

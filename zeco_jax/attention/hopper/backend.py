@@ -286,6 +286,7 @@ class _Work(NamedTuple):
         if gates.shape[-1] == 1:
             decays = ScalarDecays.of(gates, interpret)
         elif value_tiles >= _MANY_VALUE_TILES or (for_gradients and key_tiles * value_tiles > 1):
+            # The other kernel of the gradients finds those of the values for states of one tile only.
             decays = WideChannelDecays(_pad(gates), interpret)
         else:
             decays = ChannelDecays(_pad(gates), interpret, together=value_tiles)

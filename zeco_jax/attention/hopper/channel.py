@@ -21,7 +21,7 @@ class ChannelDecays(NamedTuple):
 
     gates: jax.Array
     interpret: bool
-    together: int = 1
+    together: int
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
@@ -58,7 +58,7 @@ class ChannelDecays(NamedTuple):
         """The outputs [B, T, H, V], and the chunks' states where they are to be kept."""
         del intra
         # Wider states cost more than they save where rematerialisation runs the replay twice, see NOTES.md.
-        keep_states = keep_states and _is_one_tile(q, v)
+        keep_states = keep_states and max(q.shape[-1], v.shape[-1]) == TILE
         out, *states = replay_channel(
             q,
             k,
@@ -125,13 +125,8 @@ def channel_gradients(
         cotangents,
         walk=walk,
         scale=scale,
-        with_values=_is_one_tile(q, v),
         interpret=interpret,
     )
-
-
-def _is_one_tile(keys: jax.Array, values: jax.Array) -> bool:
-    return max(keys.shape[-1], values.shape[-1]) == TILE
 
 
 def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:

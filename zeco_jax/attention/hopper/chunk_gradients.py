@@ -43,7 +43,6 @@ def chunk_gradients(
     *,
     walk: Walk,
     scale: float,
-    with_values: bool = True,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     r"""The gradients of queries, keys, values and gates, one tile of the keys at a time.
@@ -74,19 +73,12 @@ def chunk_gradients(
         leaving: [B, H, chunks, K, V] bfloat16, from D as `states.chunk_states` writes it.
         walk: which chunks a block of threads takes.
         scale: factor on the outputs.
-        with_values: whether the gradient of the values is asked for, of states of one tile.
         interpret: simulate the kernel.
 
     Returns:
-        dq and dk [B, T, H, K] bfloat16; if asked for dv [B, T, H, V] bfloat16; and dgates [B, T, H, K] float32.
-
-    Raises:
-        NotImplementedError: the gradient of the values, where states take more than one tile.
+        dq and dk [B, T, H, K] bfloat16; with states of one tile dv [B, T, H, V] bfloat16, else nothing in its place;
+        and dgates [B, T, H, K] float32.
     """
-    if with_values and max(q.shape[-1], v.shape[-1]) > TILE:
-        raise NotImplementedError(
-            f"the gradient of the values for states of one tile, not {q.shape[-1]} x {v.shape[-1]}"
-        )
     batch, _, heads, width = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
@@ -96,7 +88,7 @@ def chunk_gradients(
         (
             bfloat16(*q.shape),
             bfloat16(*k.shape),
-            *([bfloat16(*v.shape)] if with_values else []),
+            *([bfloat16(*v.shape)] if max(width, v.shape[-1]) == TILE else []),
             float32(*gates.shape),
             float32(batch, heads, walk.stretches, width // TILE, COMPUTING, _FOUND + _WAITING, *_SQUARE),
         ),

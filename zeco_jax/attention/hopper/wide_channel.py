@@ -1,4 +1,4 @@
-"""Decays per key channel and states of several tiles: what depends on keys alone is done once for all of values."""
+"""Decays per key channel and states of several tiles: what depends on keys alone is done once for all values."""
 
 from typing import NamedTuple
 

@@ -20,13 +20,22 @@ def test_an_impossible_target_is_named():
 
 
 @pytest.mark.parametrize(("block_tokens", "shape"), [(1, (7, 1)), (3, (3, 3)), (5, (2, 4)), (7, (1, 7)), (9, (1, 7))])
-def test_blocks_are_about_equal_and_filled_up_with_zeros(block_tokens, shape):
+def test_blocks_are_equal_and_filled_up_with_zeros(block_tokens, shape):
     x = np.arange(1.0, 15).reshape(7, 2)
     blocks = np.asarray(cut_tokens(jnp.asarray(x), block_tokens))
     assert blocks.shape == (*shape, 2)
     flat = blocks.reshape(-1, 2)
     np.testing.assert_array_equal(flat[:7], x)
     np.testing.assert_array_equal(flat[7:], 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block_tokens", "shape"),
+    [(8192, 3968, (3, 2736)), (1000, 512, (2, 512)), (640, 300, (3, 224)), (500, 512, (1, 500))],
+    ids=["three", "nearly-divides", "below-the-limit", "one-block"],
+)
+def test_lengths_suit_matrix_products(tokens, block_tokens, shape):
+    assert cut_tokens(jnp.zeros(tokens), block_tokens).shape == shape
 
 
 @pytest.mark.parametrize(("tokens", "block_tokens", "named"), [(7, 0, "block_tokens"), (0, 4, "x")])

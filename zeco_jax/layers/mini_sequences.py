@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 # Matrix products of whole tiles.
 _TILE = 128
+# Of bfloat16: the compiler fills up the operands of products that have another length, each in a pass of its own.
+_ALIGNED = 16
 
 
 def mini_sequence_tokens(width: int, bytes_per_number: int, target_bytes: int) -> int:
@@ -37,7 +39,9 @@ def mini_sequence_tokens(width: int, bytes_per_number: int, target_bytes: int) -
 
 
 def cut_tokens(x: jax.Array, block_tokens: int) -> jax.Array:
-    """Cuts tokens into blocks of about equal length, of which the last is filled up with zeros.
+    """Cuts tokens into blocks of equal length, of which the last is filled up with zeros.
+
+    Where there are several that may have 128 tokens or more, their length is a multiple of 16, which products want.
 
     Args:
         x: [N, ...], N at least 1.
@@ -57,13 +61,17 @@ def cut_tokens(x: jax.Array, block_tokens: int) -> jax.Array:
         >>> from zeco_jax.layers import cut_tokens
         >>> cut_tokens(jnp.arange(1, 8), block_tokens=5).tolist()
         [[1, 2, 3, 4], [5, 6, 7, 0]]
+        >>> cut_tokens(jnp.zeros(8192), block_tokens=3968).shape
+        (3, 2736)
     """
     tokens = x.shape[0]
     if tokens < 1:
         raise ValueError(f"x must have at least one token, got shape {x.shape}")
     if block_tokens < 1:
         raise ValueError(f"block_tokens must be at least 1, got {block_tokens}")
-    blocks = -(-tokens // block_tokens)
-    length = -(-tokens // blocks)
+    unit = _ALIGNED if _TILE <= block_tokens < tokens else 1
+    units = -(-tokens // unit)
+    length = -(-units // -(-units // (block_tokens // unit))) * unit
+    blocks = -(-tokens // length)
     padded = jnp.pad(x, ((0, blocks * length - tokens),) + ((0, 0),) * (x.ndim - 1))
     return padded.reshape(blocks, length, *x.shape[1:])

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,16 @@ def test_blocks_hold_few_logits_and_one_sum_over_the_ranks():
     assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
     sums = [record for record in overlaps_in(compiled.as_text()) if record.collective.kind == "all-reduce"]
     assert {record.runs for record in sums} == {1}
+
+
+@pytest.mark.parametrize("block_tokens", [64, 1024], ids=["blocks", "one-block"])
+def test_gradients_of_ranks_are_summed_in_float32(block_tokens):
+    hidden, kernel, targets, mask = make(1, 1024)
+    of = functools.partial(cross_entropy_of_hidden, sharding=SequenceSharding(mesh(seq=4)), block_tokens=block_tokens)
+    gradient = jax.jit(jax.grad(lambda kernel: of(hidden.astype(jnp.bfloat16), kernel, targets, mask).mean))
+    summed = re.findall(r"all_reduce.*?\) -> (tensor<\S+>)", gradient.lower(kernel).as_text(), re.DOTALL)
+    assert "tensor<6x11xf32>" in summed
+    assert not any("bf16" in kind for kind in summed)
 
 
 def test_all_logits_of_a_long_sequence_never_exist():

@@ -122,14 +122,14 @@ def _sum_of_blocks(
     hidden: jax.Array, kernel: jax.Array, targets: jax.Array, mask: jax.Array, block_tokens: int | None
 ) -> LossSum:
     """The loss of this device's tokens."""
+    # Cast here, so that the ranks' gradients are summed in float32, and after the walk over blocks, not in every block.
+    hidden, kernel, targets, mask = match_varying([hidden, kernel, targets, mask])
     most = block_tokens or _default_block_tokens(targets.size, kernel.shape[1])
     if targets.size <= most:
         return cross_entropy(to_logits(hidden, kernel), targets, mask)
 
     # What fills the last block up has a mask of False.
-    blocks = [cut_tokens(x.reshape(targets.size, *x.shape[2:]), most) for x in (hidden, targets, mask)]
-    # Cast here, so that the ranks' gradients are summed after the walk over blocks, not in every block.
-    hidden, targets, mask, kernel = match_varying([*blocks, kernel])
+    hidden, targets, mask = (cut_tokens(x.reshape(targets.size, *x.shape[2:]), most) for x in (hidden, targets, mask))
     return LossSum(_total(hidden, kernel, targets, mask), jnp.sum(mask, dtype=jnp.float32))
 
 

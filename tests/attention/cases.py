@@ -51,6 +51,8 @@ def segment_ids(pattern: str, batch: int, tokens: int, ranks: int = 1) -> np.nda
         return np.full((batch, tokens), 7, np.int32)
     elif pattern == "returning":
         return np.tile(np.repeat([1, 2, 1], -(-tokens // 3))[:tokens], (batch, 1)).astype(np.int32)
+    elif pattern == "late":
+        places = [[tokens - tokens // 3]]
     elif pattern == "gaps":
         return _changes(batch, tokens, [[3, tokens // 2]]) * 1000 - 5
     else:

@@ -63,7 +63,11 @@ class TestHopperInOneStretch(OneStretch, LinearAttentionContract):
         case("channel-chunks", "channel", ("sometimes_zero",), 190),
         case("channel-chunks-two-by-two", "channel", ("sometimes_zero",), 190, key_width=144, value_width=136),
         case("channel-chunks-two-by-three", "channel", ("sometimes_zero",), 190, key_width=144, value_width=264),
+        # The first chunk decays weakly, a later one doesn't: what is known of a stretch must count all of its chunks.
+        case("channel-late", "channel", ("gla",), 190, segments="late"),
+        case("channel-late-two-by-one", "channel", ("gla",), 190, key_width=144, segments="late"),
         case("token-chunks", "token", ("gla",), 190),
+        case("token-chunks-two-by-two", "token", ("gla",), 190, key_width=144, value_width=136),
     )
 
 
@@ -87,6 +91,9 @@ class TestHopperInOneStretchOnGpu(OneStretch, LinearAttentionContract):
         for decay in ("channel", "token")
         for key_width, value_width in ((128, 128), (128, 256), (256, 128), (256, 512))
         for widths in ({"key_width": key_width, "value_width": value_width},)
+    ) + tuple(
+        case(f"channel-late-{width}", "channel", ("gla",), 320, key_width=width, segments="late")
+        for width in (128, 256)
     )
 
 
@@ -168,9 +175,10 @@ def test_the_part_that_needs_no_state_can_be_done_before():
         # Summaries once forward and once backward, however many parts need them; the replay, which keeps the states of
         # the chunks; their cotangents; gradients.
         pytest.param(128, 5, id="narrow"),
-        # Keys decayed, the stretches' states, what needs no state, outputs; the same once more in reverse, with the
-        # values' gradients instead of the outputs; the chunks' states; the other gradients.
-        pytest.param(512, 10, id="wide"),
+        # Keys decayed, the stretches' states, what needs no state (twice: strong chunks are on their own), outputs; the
+        # same once more in reverse, with the values' gradients instead of the outputs; the chunks' states; the other
+        # gradients.
+        pytest.param(512, 12, id="wide"),
     ],
 )
 @pytest.mark.parametrize("check_vma", [True, False])

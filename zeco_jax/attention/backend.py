@@ -88,12 +88,13 @@ class Backend(ABC):
         """What `summarize`, `replay` and the gradients have in common, or None.
 
         A backend that returns something takes it back, as the keyword `prepared` of `summarize`, and of `replay`, its
-        parts and their adjoints. Rematerialisation keeps it: it should be small beside the outputs.
+        parts and their adjoints; where nothing is exchanged, `replay_keeping` does what it likes and returns it.
+        Rematerialisation keeps it: it should be small beside the outputs.
         """
         del k, v, gates
 
     def prepare_adjoint(self, q: jax.Array, gates: jax.Array, dout: jax.Array) -> Any:
-        """What `summarize_adjoint` and `replay_adjoint` have in common, or None.
+        """What `summarize_adjoint` and `replay_adjoint` have in common, or None; asked for where there is an exchange.
 
         Taken back as the keyword `prepared_adjoint` by both, and by the parts of the latter.
         """
@@ -112,7 +113,10 @@ class Backend(ABC):
     def replay_keeping(
         self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state_in: jax.Array, **prepared: Any
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """As `replay`, when gradients will be asked for; and what they need again, keywords of `replay_adjoint`."""
+        """As `replay`, when gradients will be asked for; and what they need again: `prepared` and `states`, if any.
+
+        Keywords of `replay_adjoint`; rematerialisation keeps the first, and may keep the second.
+        """
         return self.replay(q, k, v, gates, state_in, **prepared), {}
 
     @abstractmethod

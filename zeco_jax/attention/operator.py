@@ -128,20 +128,16 @@ def _forward(
     *,
     keep: bool = True,
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    # What has a name can be kept by rematerialisation, which then neither attends nor exchanges again.
-    summaries = jax.tree.map(partial(checkpoint_name, name="attention_summaries"), backend.prepare(k, v, gates))
-    prepared = _named("prepared", summaries)
-
-    def replay(state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
+    def replay(state: jax.Array, **prepared: Any) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
         if keep:
             results, kept = backend.replay_keeping(q, k, v, gates, state, **prepared)
-            return results, jax.tree.map(partial(checkpoint_name, name="attention_states"), kept)
+            return results, _checkpointed(kept)
         return backend.replay(q, k, v, gates, state, **prepared), {}
 
     if exchange is None:
         (out, state_out), kept = replay(initial_state)
-        residuals = Residuals(q, k, v, gates, initial_state, None, prepared | kept)
-        return (_kept(out), state_out), residuals
+        return (_kept(out), state_out), Residuals(q, k, v, gates, initial_state, None, kept)
+    prepared = _checkpointed(_named("prepared", backend.prepare(k, v, gates)))
     if exchange.takes_turns:
 
         def work(state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -155,7 +151,7 @@ def _forward(
     # Independent of the exchange, so that it can run while the state travels.
     arrived, intra = _together(state_in, backend.replay_intra(q, k, v, gates, **prepared))
     if intra is None:
-        (out, _), kept = replay(arrived)
+        (out, _), kept = replay(arrived, **prepared)
     else:
         out, kept = backend.replay_inter(q, k, v, gates, arrived, intra, **prepared), {}
     residuals = Residuals(q, k, v, gates, state_in, summary.decay, prepared | kept)
@@ -167,11 +163,11 @@ def _backward(
 ) -> tuple[jax.Array, ...]:
     q, k, v, gates, state_in, decay, prepared = residuals
     dout, dstate_out = cotangents
-    adjoint = _named("prepared_adjoint", backend.prepare_adjoint(q, gates, dout))
-    prepared = prepared | adjoint
     if exchange is None:
         gradients, dstate_in = backend.replay_adjoint(q, k, v, gates, state_in, dout, dstate_out, **prepared)
         return *gradients, dstate_in
+    adjoint = _named("prepared_adjoint", backend.prepare_adjoint(q, gates, dout))
+    prepared = prepared | adjoint
     if exchange.takes_turns:
 
         def work(dstate_later: jax.Array) -> tuple[tuple[Gradients, jax.Array], jax.Array]:
@@ -197,6 +193,12 @@ def _kept(out: jax.Array) -> jax.Array:
     the backward pass.
     """
     return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention_out").reshape(out.shape)
+
+
+def _checkpointed(prepared: dict[str, Any]) -> dict[str, Any]:
+    """Under names by which rematerialisation can keep them: it then neither attends nor exchanges again."""
+    names = {"prepared": "attention_summaries", "states": "attention_states"}
+    return {name: jax.tree.map(partial(checkpoint_name, name=names[name]), kept) for name, kept in prepared.items()}
 
 
 def _named(name: str, prepared: Any) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class TestStates:
 def test_replay(problem):
     q, k, v = (problem.arrays[name] for name in "qkv")
     entering = jnp.asarray(problem.entering(STARTS[:-1]), jnp.float32)
-    out = replay_scalar(q, k, v, problem.sums, entering, walk=problem.walk(), scale=SCALE, interpret=True)
+    (out,) = replay_scalar(q, k, v, problem.sums, entering, walk=problem.walk(), scale=SCALE, interpret=True)
     assert relative_rms(out, problem.expected.out) < TOLERANCE
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from zeco_jax.attention.backend import Backend, Call, Gradients, Summary
 from zeco_jax.attention.hopper.channel import ChannelDecays
-from zeco_jax.attention.hopper.decayed_scores import Decayed
+from zeco_jax.attention.hopper.decayed_replay import Decayed
 from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.scalar import ScalarDecays
 from zeco_jax.attention.hopper.tile import CHUNK, TILE
@@ -18,8 +18,6 @@ from zeco_jax.platforms import device_in_scope
 
 _WIDEST_KEY = 256
 _WIDEST_VALUE = 512
-# From so many tiles of values on, keys and scores decayed once for all of them pay for their way through device memory.
-_MANY_VALUE_TILES = 3
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class HopperBackend(Backend):
         """The summaries of the stretches, walked backwards."""
         return self._work(q, dout, gates).summaries(reverse=True, scale=self.scale)
 
-    def _work(self, keys: jax.Array, values: jax.Array, gates: jax.Array, *, for_gradients: bool = False) -> "_Work":
-        return _Work.of(keys, values, gates, for_gradients=for_gradients, interpret=self.interpret)
+    def _work(self, keys: jax.Array, values: jax.Array, gates: jax.Array) -> "_Work":
+        return _Work.of(keys, values, gates, interpret=self.interpret)
 
     def summarize(
         self, k: jax.Array, v: jax.Array, gates: jax.Array, *, prepared: "_Summaries | None" = None
@@ -96,12 +94,14 @@ class HopperBackend(Backend):
         prepared: "_Summaries | None" = None,
         intra: Decayed | None = None,
         keep_states: bool = True,
-    ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
-        """As `replay`; keeps the chunks' states where the kernel can write them on its way."""
+    ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
+        """As `replay`; keeps the summaries, and the chunks' states where the kernel can write them on its way."""
         work = self._work(k, v, gates)
-        prepared = prepared or work.summaries()
+        if prepared is None:
+            intra = work.decays.intra(_pad(q), work.keys, self.scale)
+            prepared = work.summaries(intra=intra, needed=False)
         entering, state_out = prepared.enter(work.pad_state(state_in), reverse=False)
-        out, states = work.decays.replay(
+        out, left, states = work.decays.replay(
             _pad(q),
             work.keys,
             work.values,
@@ -112,8 +112,8 @@ class HopperBackend(Backend):
             intra=intra,
             keep_states=keep_states,
         )
-        results = work.cut(out, work.value_width), work.cut_state(state_out)
-        return results, {} if states is None else {"states": states}
+        results = work.cut(out, work.value_width), work.cut_state(state_out if left is None else left)
+        return results, {"prepared": prepared} | ({} if states is None else {"states": states})
 
     def replay_intra(
         self,
@@ -124,10 +124,10 @@ class HopperBackend(Backend):
         *,
         prepared: "_Summaries | None" = None,
     ) -> Decayed | None:
-        """With many tiles of values: queries, keys and scores, decayed."""
+        """With states of several tiles: queries, keys and scores, decayed."""
+        del prepared
         work = self._work(k, v, gates)
-        prepared = prepared or work.summaries()
-        return work.decays.intra(_pad(q), work.keys, prepared.totals, self.scale)
+        return work.decays.intra(_pad(q), work.keys, self.scale)
 
     def replay_inter(
         self,
@@ -184,9 +184,9 @@ class HopperBackend(Backend):
     ) -> "_BeforeGradients":
         """The chunks' states, computed unless they were kept, and what `replay_intra` gives."""
         del dout, prepared_adjoint
-        work = self._work(k, v, gates, for_gradients=True)
-        prepared = prepared or self.prepare(k, v, gates)
-        decayed = work.decays.intra(_pad(q), work.keys, prepared.totals, self.scale)
+        work = self._work(k, v, gates)
+        decayed = work.decays.intra(_pad(q), work.keys, self.scale)
+        prepared = prepared or work.summaries(intra=decayed)
         if states is None:
             entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
             walk = prepared.walk(reverse=False)
@@ -210,11 +210,13 @@ class HopperBackend(Backend):
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
         del state_in, states
-        work = self._work(k, v, gates, for_gradients=True)
-        prepared = prepared or self.prepare(k, v, gates)
-        later = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
+        work = self._work(k, v, gates)
+        prepared = prepared or work.summaries(intra=intra.decayed)
+        later = prepared_adjoint or self._work(q, dout, gates).summaries(
+            reverse=True, scale=self.scale, intra=intra.decayed, needed=False
+        )
         leaving, dstate_in = later.enter(work.pad_state(dstate_out), reverse=True)
-        dq, dk, dv, dgates = work.decays.gradients(
+        (dq, dk, dv, dgates), left = work.decays.gradients(
             _pad(q),
             work.keys,
             work.values,
@@ -232,7 +234,7 @@ class HopperBackend(Backend):
         gradients = Gradients(
             work.cut(dq, work.key_width), work.cut(dk, work.key_width), work.cut(dv, work.value_width), dgates
         )
-        return gradients, work.cut_state(dstate_in)
+        return gradients, work.cut_state(dstate_in if left is None else left)
 
 
 class _BeforeGradients(NamedTuple):
@@ -243,17 +245,22 @@ class _BeforeGradients(NamedTuple):
 
 
 class _Summaries(NamedTuple):
-    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1]."""
+    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1].
 
-    states: jax.Array
+    No states where one stretch is all there is and what it leaves isn't needed before it is replayed.
+    """
+
+    states: jax.Array | None
     totals: jax.Array
 
     def walk(self, *, reverse: bool) -> Walk:
         """The stretches."""
-        return Walk(self.totals.shape[2], self.states.shape[2], reverse)
+        return Walk(self.totals.shape[2], 1 if self.states is None else self.states.shape[2], reverse)
 
-    def enter(self, first: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array]:
+    def enter(self, first: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array | None]:
         """The state that enters each stretch, given that of the first one walked; and what leaves the last one."""
+        if self.states is None:
+            return first[:, :, None], None
         walk = self.walk(reverse=reverse)
         decays = jnp.exp(jnp.sum(walk.by_stretch(self.totals), axis=3))
         order = -1 if reverse else 1
@@ -276,29 +283,36 @@ class _Work(NamedTuple):
     value_width: int
 
     @classmethod
-    def of(
-        cls, keys: jax.Array, values: jax.Array, gates: jax.Array, *, for_gradients: bool, interpret: bool
-    ) -> "_Work":
+    def of(cls, keys: jax.Array, values: jax.Array, gates: jax.Array, *, interpret: bool) -> "_Work":
         """Pads with zeros: keys and values that add nothing, gates that don't decay."""
         tokens, key_width, value_width = keys.shape[1], keys.shape[-1], values.shape[-1]
         keys, values = _pad(keys), _pad(values)
-        key_tiles, value_tiles = keys.shape[-1] // TILE, values.shape[-1] // TILE
         if gates.shape[-1] == 1:
             decays = ScalarDecays.of(gates, interpret)
-        elif value_tiles >= _MANY_VALUE_TILES or (for_gradients and key_tiles * value_tiles > 1):
-            # The other kernel of the gradients finds those of the values for states of one tile only.
+        elif max(keys.shape[-1], values.shape[-1]) > TILE:
             decays = WideChannelDecays(_pad(gates), interpret)
         else:
-            decays = ChannelDecays(_pad(gates), interpret, together=value_tiles)
+            decays = ChannelDecays(_pad(gates), interpret)
         return cls(keys, values, decays, tokens, key_width, value_width)
 
-    def summaries(self, *, reverse: bool = False, scale: float = 1.0) -> _Summaries:
-        """What the stretches do to a state."""
+    def summaries(
+        self, *, reverse: bool = False, scale: float = 1.0, intra: Decayed | None = None, needed: bool = True
+    ) -> _Summaries:
+        """What the stretches do to a state.
+
+        Args:
+            reverse: walked backwards.
+            scale: factor on the states.
+            intra: what `replay_intra` returned; without it what is decayed for it is decayed once more.
+            needed: before the replay, by others; else one stretch needs no summary.
+        """
         batch, tokens, heads, _ = self.keys.shape
-        # The replay takes one tile of the keys after the other.
-        blocks = batch * heads * (self.values.shape[-1] // TILE) // self.decays.together
+        # The replay takes all keys together.
+        blocks = batch * heads * (self.values.shape[-1] // TILE)
         walk = Walk(tokens // CHUNK, stretches(blocks, tokens // CHUNK), reverse)
-        return _Summaries(*self.decays.stretch_states(self.keys, self.values, walk, scale))
+        if walk.is_whole and not needed:
+            return _Summaries(None, self.decays.totals(intra))
+        return _Summaries(*self.decays.stretch_states(self.keys, self.values, walk, scale, intra))
 
     def pad_state(self, state: jax.Array) -> jax.Array:
         """[B, H, K, V] in whole tiles."""

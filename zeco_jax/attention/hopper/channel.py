@@ -8,39 +8,42 @@ import jax.numpy as jnp
 from zeco_jax.attention.hopper.chunk_gradients import chunk_gradients
 from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replay_channel import replay_channel
+from zeco_jax.attention.hopper.replayed import Replayed, only
 from zeco_jax.attention.hopper.states import chunk_states, stretch_states
-from zeco_jax.attention.hopper.tile import COMPUTING, FACTORED_LIMIT, HALF, TILE
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, TILE, WEAKEST_GATE
 from zeco_jax.attention.hopper.walk import Walk
 
 
 class ChannelDecays(NamedTuple):
-    """Gates [B, T, H, K] float32, T a multiple of CHUNK, K of TILE; and whether the kernels are simulated.
-
-    The kernel of the stretches' states takes so many tiles of the values `together`, one or two.
-    """
+    """Gates [B, T, H, TILE] float32, T a multiple of CHUNK; and whether the kernels are simulated. V is TILE, too."""
 
     gates: jax.Array
     interpret: bool
-    together: int
 
     def stretch_states(
-        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
+        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
     ) -> tuple[jax.Array, jax.Array]:
         """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
-        return stretch_states(
-            keys, values, self.gates, walk=walk, scale=scale, together=self.together, interpret=self.interpret
-        )
+        del intra
+        return stretch_states(keys, values, self.gates, walk=walk, scale=scale, interpret=self.interpret)
+
+    def totals(self, intra: None) -> jax.Array:
+        """The chunks' gates without a kernel that sums them on its way, [B, H, chunks, K]."""
+        del intra
+        batch, _, heads, width = self.gates.shape
+        by_chunk = jnp.maximum(self.gates, WEAKEST_GATE).reshape(batch, -1, CHUNK, heads, width)
+        return jnp.moveaxis(jnp.sum(by_chunk, axis=2), 1, 2)
 
     def chunk_states(
         self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
     ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
         del totals, intra
-        return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)
+        return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)[0]
 
-    def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
+    def intra(self, q: jax.Array, k: jax.Array, scale: float) -> None:
         """Nothing: the replay needs the state for all it does."""
-        del q, k, totals, scale
+        del q, k, scale
 
     def replay(
         self,
@@ -54,12 +57,10 @@ class ChannelDecays(NamedTuple):
         *,
         intra: None = None,
         keep_states: bool = False,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The outputs [B, T, H, V], and the chunks' states where they are to be kept."""
+    ) -> Replayed:
+        """The outputs, the chunks' states where they are to be kept, and with one stretch the state that leaves it."""
         del intra
-        # Wider states cost more than they save where rematerialisation runs the replay twice, see NOTES.md.
-        keep_states = keep_states and max(q.shape[-1], v.shape[-1]) == TILE
-        out, *states = replay_channel(
+        out, *others = replay_channel(
             q,
             k,
             v,
@@ -72,7 +73,8 @@ class ChannelDecays(NamedTuple):
             keep_states=keep_states,
             interpret=self.interpret,
         )
-        return out, states[0] if states else None
+        left, states = others[: walk.is_whole], others[walk.is_whole :]
+        return Replayed(out, only(left), only(states))
 
     def gradients(
         self,
@@ -86,13 +88,13 @@ class ChannelDecays(NamedTuple):
         walk: Walk,
         scale: float,
         intra: None = None,
-    ) -> tuple[jax.Array, ...]:
-        """The gradients of q, k, v and the gates, for states of one tile."""
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
         del intra
-        cotangents = chunk_states(q, dout, self.gates, leaving, walk=walk, scale=scale, interpret=self.interpret)
-        return channel_gradients(
-            q, k, v, self.gates, dout, totals, states, cotangents, scale=scale, interpret=self.interpret
-        )
+        options = {"scale": scale, "interpret": self.interpret}
+        cotangents, *left = chunk_states(q, dout, self.gates, leaving, walk=walk, **options)
+        gradients = channel_gradients(q, k, v, self.gates, dout, totals, states, cotangents, **options)
+        return gradients, only(left)
 
 
 def channel_gradients(
@@ -112,7 +114,6 @@ def channel_gradients(
     batch, _, heads, width = q.shape
     chunks = totals.shape[2]
     walk = Walk(chunks, stretches(batch * heads * (width // TILE), chunks))
-    strong = strong_chunks(totals, walk)
     return chunk_gradients(
         q,
         k,
@@ -120,7 +121,7 @@ def channel_gradients(
         gates,
         dout,
         totals,
-        *strong,
+        *strong_chunks(totals, walk),
         states,
         cotangents,
         walk=walk,
@@ -129,9 +130,15 @@ def channel_gradients(
     )
 
 
-def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
-    """Which chunks decay too strongly to be factored, by half tiles of channels, and which stretches have any."""
+def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What decays too strongly to be factored.
+
+    Returns:
+        By chunks and halves of tiles [B, H, chunks, K / HALF], by tiles and chunks [B, H, K / TILE, chunks], and by
+        stretches and tiles [B, H, stretches, K / TILE].
+    """
     batch, heads, chunks, width = totals.shape
-    by_chunk = jnp.min(totals.reshape(batch, heads, chunks, width // HALF, HALF), axis=-1) < FACTORED_LIMIT
-    by_stretch = jnp.any(walk.by_stretch(by_chunk).reshape(batch, heads, walk.stretches, -1, COMPUTING), axis=-1)
-    return by_chunk.astype(jnp.int32), by_stretch.astype(jnp.int32)
+    by_half = jnp.min(totals.reshape(batch, heads, chunks, width // HALF, HALF), axis=-1) < FACTORED_LIMIT
+    by_tile = jnp.any(by_half.reshape(batch, heads, chunks, -1, COMPUTING), axis=-1)
+    by_stretch = jnp.any(walk.by_stretch(by_tile), axis=3)
+    return tuple(x.astype(jnp.int32) for x in (by_half, jnp.moveaxis(by_tile, 2, 3), by_stretch))

@@ -18,6 +18,7 @@ from zeco_jax.attention.hopper.launch import (
     launch,
     stage_of,
 )
+from zeco_jax.attention.hopper.runs import walk_runs
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
@@ -37,6 +38,7 @@ def chunk_gradients(
     dout: jax.Array,
     totals: jax.Array,
     strong: jax.Array,
+    strong_tiles: jax.Array,
     some_strong: jax.Array,
     states: jax.Array,
     leaving: jax.Array,
@@ -68,6 +70,7 @@ def chunk_gradients(
         dout: [B, T, H, V] bfloat16.
         totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
         strong: [B, H, chunks, K / HALF] int32, which of them are too strong for exponents of both signs.
+        strong_tiles: [B, H, K / TILE, chunks] int32, where one of a tile's halves is.
         some_strong: [B, H, stretches, K / TILE] int32, where a stretch has any.
         states: [B, H, chunks, K, V] bfloat16, the state that enters each chunk.
         leaving: [B, H, chunks, K, V] bfloat16, from D as `states.chunk_states` writes it.
@@ -84,7 +87,7 @@ def chunk_gradients(
     pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
     *gradients, _ = launch(
         partial(_gradients, walk=walk, scale=scale),
-        (q, k, v, gates, dout, totals, strong, some_strong, states, leaving),
+        (q, k, v, gates, dout, totals, strong, strong_tiles, some_strong, states, leaving),
         (
             bfloat16(*q.shape),
             bfloat16(*k.shape),
@@ -138,6 +141,7 @@ def _gradients(
     dout: Ref,
     totals: Ref,
     strong: Ref,
+    strong_tiles: Ref,
     some_strong: Ref,
     states: Ref,
     leaving: Ref,
@@ -238,7 +242,7 @@ def _gradients(
         plgpu.barrier_wait(weighed)
         own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
 
-        def step_body(step: jax.Array, _: None, *, some_strong: bool) -> None:
+        def step_body(step: jax.Array, _: tuple[()], *, some_strong: bool) -> tuple[()]:
             chunk = walk.chunk(stretch, step)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             zero = hidden_zero(step)
@@ -422,14 +426,17 @@ def _gradients(
             plgpu.commit_smem()
             for i, target in enumerate((dq, dk)):
                 plgpu.copy_smem_to_gmem(own_staged.at[i], target.at[batch, tokens, head, own_keys])
+            return ()
 
-        def walk_through(*, some_strong: bool) -> None:
-            lax.fori_loop(0, steps + nothing[0], partial(step_body, some_strong=some_strong), None)
-
-        # A loop of its own for what most stretches are: it needs fewer registers than there are.
-        is_any_strong = some_strong[batch, head, stretch, key_tile] != 0
-        pl.when(is_any_strong)(partial(walk_through, some_strong=True))
-        pl.when(jnp.logical_not(is_any_strong))(partial(walk_through, some_strong=False))
+        walk_runs(
+            steps + nothing[0],
+            strong_tiles.at[batch, head, key_tile],
+            some_strong[batch, head, stretch, key_tile] != 0,
+            partial(walk.chunk, stretch),
+            step_body,
+            tuple,
+            lambda _: None,
+        )
         plgpu.wait_smem_to_gmem(0)
 
 

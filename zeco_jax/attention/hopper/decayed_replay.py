@@ -1,6 +1,7 @@
 """Kernel: outputs from queries, keys and scores that have been decayed."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
-from zeco_jax.attention.hopper.decayed_scores import Decayed
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
     bfloat16,
     hidden_zero,
     launch,
+    left_state,
     stage_of,
 )
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
@@ -26,10 +27,29 @@ _SLOTS = 2
 _KEY_SLOTS = 2
 
 
+class Decayed(NamedTuple):
+    """What of a replay is done once for all values.
+
+    Attributes:
+        queries: [B, T, H, K] bfloat16, decayed from the start of their chunk, times the scale.
+        keys: [B, T, H, K] bfloat16, decayed to the end of their chunk.
+        totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
+        scores: [B, H, chunks, 2, CHUNK, CHUNK] bfloat16, within each chunk, in two parts that are to be summed.
+        strong: [B, H, chunks] int32, of which chunks the scores are elsewhere.
+        strong_scores: there, in the same places.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    totals: jax.Array
+    scores: jax.Array
+    strong: jax.Array
+    strong_scores: jax.Array
+
+
 def decayed_replay(
     decayed: Decayed,
     values: jax.Array,
-    totals: jax.Array,
     entering: jax.Array,
     *,
     walk: Walk,
@@ -48,21 +68,21 @@ def decayed_replay(
         D \leftarrow e^{b_C} \odot D + \sum_i \tilde q_i do_i^\top
 
     Args:
-        decayed: queries, keys and scores of every chunk.
+        decayed: queries, keys and scores of every chunk; K at most two tiles.
         values: [B, T, H, V] bfloat16, T a multiple of CHUNK, V of TILE; in reverse the outputs' cotangents.
-        totals: [B, H, chunks, K] float32, the gates' sums over each chunk; K at most two tiles.
         entering: [B, H, stretches, K, V] float32, the state that enters each stretch; in reverse its cotangent.
         walk: the stretches.
         interpret: simulate the kernel.
 
     Returns:
-        [B, T, H, V] bfloat16; in reverse also the cotangents of the states that leave the chunks, as
-        `states.chunk_states` gives them, [B, H, chunks, K, V] bfloat16.
+        [B, T, H, V] bfloat16; with one stretch the state that leaves it, [B, H, K, V] float32; in reverse also the
+        cotangents of the states that leave the chunks, as `states.chunk_states` gives them, [B, H, chunks, K, V]
+        bfloat16.
     """
     batch, _, heads, width = values.shape
+    queries, keys, totals, *scores = decayed
     key_width = totals.shape[-1]
-    queries, keys, scores = decayed
-    outputs = [bfloat16(*values.shape)]
+    outputs = [bfloat16(*values.shape), *left_state(walk, batch, heads, key_width, width)]
     states = tile.bf16_tile(COMPUTING, TILE, HALF)
     scratch = {
         "q_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
@@ -83,7 +103,7 @@ def decayed_replay(
         scratch["kept_tile"] = states
     return launch(
         partial(_replay, key_tiles=key_width // TILE, walk=walk),
-        (queries, keys, scores, values, totals, entering),
+        (queries, keys, totals, *scores, values, entering),
         outputs,
         scratch,
         name="decayed_replay_reverse" if walk.reverse else "decayed_replay",
@@ -96,13 +116,15 @@ def decayed_replay(
 def _replay(
     queries: Ref,
     keys: Ref,
-    scores: Ref,
-    values: Ref,
     totals: Ref,
+    scores: Ref,
+    strong: Ref,
+    strong_scores: Ref,
+    values: Ref,
     entering: Ref,
     nothing: Ref,
     out: Ref,
-    *kept: Ref,
+    *others: Ref,
     key_tiles: int,
     walk: Walk,
     q_tile: Ref,
@@ -122,6 +144,7 @@ def _replay(
     del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     value_tile, warpgroup = lax.axis_index("value_tile"), lax.axis_index("warpgroup")
+    left, kept = others[: walk.is_whole], others[walk.is_whole :]
     steps = walk.steps(stretch)
     all_keys = [pl.ds(key_tile * TILE, TILE) for key_tile in range(key_tiles)]
 
@@ -133,6 +156,7 @@ def _replay(
         def _step(step: jax.Array) -> None:
             chunk = walk.chunk(stretch, step)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
+            is_strong = strong[batch, head, chunk] != 0
             for key_tile, of_keys in enumerate(all_keys):
                 place = step * key_tiles + key_tile
                 slot = lax.rem(place, _KEY_SLOTS)
@@ -145,7 +169,9 @@ def _replay(
                     slot, of_values = lax.rem(step, _SLOTS), pl.ds(value_tile * TILE, TILE)
                     full = fetched.at[slot]
                     pl.when(step >= _SLOTS)(partial(plgpu.barrier_wait, used.at[slot]))
-                    plgpu.copy_gmem_to_smem(scores.at[batch, head, chunk], scores_tile.at[slot], full)
+                    for where, source in ((is_strong, strong_scores), (jnp.logical_not(is_strong), scores)):
+                        place = source.at[batch, head, chunk]
+                        pl.when(where)(partial(plgpu.copy_gmem_to_smem, place, scores_tile.at[slot], full))
                     plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], v_tile.at[slot], full)
 
         # A barrier may not go while somebody has still to pass it.
@@ -166,7 +192,7 @@ def _replay(
             slot = lax.rem(step, _SLOTS)
             chunk = walk.chunk(stretch, step)
             v_own = v_tile.at[slot, :, own]
-            left = []
+            next_states = []
             result = tile.zeros(CHUNK, HALF)
             for key_tile, state in enumerate(states):
                 key_slot = lax.rem(step * key_tiles + key_tile, _KEY_SLOTS)
@@ -195,15 +221,18 @@ def _replay(
                     staging=stage,
                 )
                 plgpu.barrier_arrive(keys_used.at[key_slot])
-                left.append(state)
+                next_states.append(state)
             plgpu.barrier_arrive(used.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             own_out[...] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
-            return tuple(left)
+            return tuple(next_states)
 
         states = tuple(tile.load_global(entering.at[batch, head, stretch, rows, own_values]) for rows in all_keys)
-        lax.fori_loop(0, steps, step_body, states)
+        states = lax.fori_loop(0, steps, step_body, states)
+        for target in left:
+            for rows, state in zip(all_keys, states, strict=True):
+                target[batch, head, rows, own_values] = state
         plgpu.wait_smem_to_gmem(0)

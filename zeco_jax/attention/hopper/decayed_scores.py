@@ -9,11 +9,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
     bfloat16,
+    float32,
     hidden_zero,
     launch,
     stage_of,
@@ -25,17 +26,20 @@ _SLOTS = 2
 _FLIPPED = (1, 0)
 
 
-class Decayed(NamedTuple):
+class DecayedScores(NamedTuple):
     """What `decayed_scores` returns.
 
     Attributes:
         queries: [B, T, H, K] bfloat16, decayed from the start of their chunk, times the scale.
         keys: [B, T, H, K] bfloat16, decayed to the end of their chunk.
-        scores: [B, H, chunks, 2, CHUNK, CHUNK] bfloat16, within each chunk, in two parts that are to be summed.
+        totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
+        scores: [B, H, chunks, 2, CHUNK, CHUNK] bfloat16, within each chunk, in two parts that are to be summed;
+            anything where a channel of the chunk's totals is below FACTORED_LIMIT.
     """
 
     queries: jax.Array
     keys: jax.Array
+    totals: jax.Array
     scores: jax.Array
 
 
@@ -43,13 +47,11 @@ def decayed_scores(
     q: jax.Array,
     k: jax.Array,
     gates: jax.Array,
-    strong: jax.Array,
-    some_strong: jax.Array,
     *,
     walk: Walk,
     scale: float,
     interpret: bool = False,
-) -> Decayed:
+) -> DecayedScores:
     r"""Queries and keys decayed to the borders of their chunk, and the scores within it.
 
     .. math::
@@ -57,27 +59,31 @@ def decayed_scores(
         P_{ij} = \text{scale} (q_i \odot e^{b_i - b_j}) k_j^\top \quad (j \le i)
 
     with :math:`b` the gates' sums since the chunk began. Where many tiles of values meet the same queries and keys,
-    each reads these instead of the gates.
+    each reads these instead of the gates. Scores come from factors :math:`e^{b_i}` and :math:`e^{-b_j}`, the second of
+    which overflows in strongly decaying chunks: these are left to `exact_scores`.
 
     Args:
         q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
         k: [B, T, H, K] bfloat16.
         gates: [B, T, H, K] float32.
-        strong: [B, H, chunks, K / HALF] int32, which chunks are too strong for exponents of both signs.
-        some_strong: [B, H, stretches] int32, where a stretch has any.
         walk: which chunks a block of threads takes, forward.
         scale: factor on the outputs.
         interpret: simulate the kernel.
 
     Returns:
-        Queries, keys and scores.
+        Queries, keys, totals and scores.
     """
     batch, _, heads, width = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     results = launch(
         partial(_score, key_tiles=width // TILE, walk=walk, scale=scale),
-        (q, k, gates, strong, some_strong),
-        (bfloat16(*q.shape), bfloat16(*k.shape), bfloat16(batch, heads, walk.chunks, 2, CHUNK, CHUNK)),
+        (q, k, gates),
+        (
+            bfloat16(*q.shape),
+            bfloat16(*k.shape),
+            float32(batch, heads, walk.chunks, width),
+            bfloat16(batch, heads, walk.chunks, 2, CHUNK, CHUNK),
+        ),
         {
             "q_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
             "k_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
@@ -100,18 +106,17 @@ def decayed_scores(
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
-    return Decayed(*results)
+    return DecayedScores(*results)
 
 
 def _score(
     q: Ref,
     k: Ref,
     gates: Ref,
-    strong: Ref,
-    some_strong: Ref,
     nothing: Ref,
     queries: Ref,
     keys: Ref,
+    totals: Ref,
     scores: Ref,
     *,
     key_tiles: int,
@@ -165,7 +170,7 @@ def _score(
         triangles[0], triangles[1] = tile.ones_where(columns <= rows), tile.ones_where(columns > rows)
         plgpu.commit_smem()
 
-        def step_body(step: jax.Array, _: None, *, some_strong: bool) -> None:
+        def step_body(step: jax.Array, _: None) -> None:
             chunk = walk.chunk(stretch, step)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             zero = hidden_zero(step)
@@ -186,33 +191,10 @@ def _score(
                 since = tile.summed(lower, pair, staging=stage)
                 high, low = tile.split(tile.load(q_own) * (jnp.exp(since) * scale))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                def factored() -> jax.Array:
-                    own_keys[...] = (tile.load(k_own) * jnp.exp(-since)).astype(jnp.bfloat16)
-                    plgpu.commit_smem()
-                    terms = [(x, own_keys.transpose(_FLIPPED)) for x in (high, low)]
-                    found = product((CHUNK, CHUNK), *terms)
-                    return tile.where_not_positive(columns - rows + zero, found)
-
-                def exact() -> jax.Array:
-                    def add_level(level: jax.Array, found: jax.Array) -> jax.Array:
-                        # No warp may still be reading what is about to be written.
-                        plgpu.commit_smem()
-                        reached = levels.reached(rows, columns, level)
-                        decays = jnp.exp(tile.summed(tile.ones_where(reached), pair, staging=stage))
-                        own_keys[...] = (tile.load(k_own) * decays).astype(jnp.bfloat16)
-                        plgpu.commit_smem()
-                        level_queries = (tile.load(q_own) * decays * scale).astype(jnp.bfloat16)
-                        reaching = product((CHUNK, CHUNK), (level_queries, own_keys.transpose(_FLIPPED)))
-                        return found + jnp.where(levels.parted(rows, columns, level), reaching, 0.0)
-
-                    return lax.fori_loop(0, levels.LEVELS, add_level, tile.zeros(CHUNK, CHUNK))
-
-                if some_strong:
-                    is_strong = strong[batch, head, chunk, key_tile * COMPUTING + warpgroup] != 0
-                    part += lax.cond(is_strong, exact, factored)
-                else:
-                    part += factored()
+                own_keys[...] = (tile.load(k_own) * jnp.exp(-since)).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                found = product((CHUNK, CHUNK), *((x, own_keys.transpose(_FLIPPED)) for x in (high, low)))
+                part += tile.where_not_positive(columns - rows + zero, found)
                 # Not before: the registers are needed.
                 later = tile.summed(above, pair, staging=stage)
                 own_queries[...] = high
@@ -222,6 +204,10 @@ def _score(
                 places = pl.ds(key_tile * TILE + mine * HALF, HALF)
                 plgpu.copy_smem_to_gmem(own_queries, queries.at[batch, tokens, head, places])
                 plgpu.copy_smem_to_gmem(own_keys, keys.at[batch, tokens, head, places])
+                flipped = [pair.at[i + zero].transpose(_FLIPPED) for i in range(2)]
+                # The two triangles together are ones alone: every column is the same.
+                total = product((HALF, CHUNK), *((x, ones) for x in flipped for ones in (lower, above)))
+                totals[batch, head, chunk, places] = jnp.max(total, axis=1)
                 return part
 
             part = lax.fori_loop(0, key_tiles, add_tile, tile.zeros(CHUNK, CHUNK))
@@ -238,12 +224,6 @@ def _score(
                 pl.when(warpgroup == index)(partial(tile.write, own_scores, both[index]))
             plgpu.copy_smem_to_gmem(own_scores, scores.at[batch, head, chunk, mine])
 
-        def walk_through(*, some_strong: bool) -> None:
-            lax.fori_loop(0, steps + nothing[0], partial(step_body, some_strong=some_strong), None)
-
-        # A loop of its own for what most stretches are: it needs fewer registers than there are.
-        is_any_strong = some_strong[batch, head, stretch] != 0
-        pl.when(is_any_strong)(partial(walk_through, some_strong=True))
-        pl.when(jnp.logical_not(is_any_strong))(partial(walk_through, some_strong=False))
+        lax.fori_loop(0, steps + nothing[0], step_body, None)
         plgpu.barrier_wait(scores_read)
         plgpu.wait_smem_to_gmem(0)

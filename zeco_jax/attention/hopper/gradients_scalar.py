@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.decays import Decays, sums_of, tokens_at, write_positions
 from zeco_jax.attention.hopper.fetching import fetch_chunks
-from zeco_jax.attention.hopper.launch import COMPUTING_REGISTERS, bfloat16, float32, launch, stage_of
+from zeco_jax.attention.hopper.launch import COMPUTING_REGISTERS, bfloat16, float32, launch, left_state, stage_of
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
@@ -63,7 +63,8 @@ def gradients_scalar(
 
     Returns:
         dq and dk [V / TILE, B, T, H, K] and dv [K / TILE, B, T, H, V] bfloat16, to be summed over their first axes;
-        z, u and w [K / TILE, V / TILE, COMPUTING, B, H, T] and x [..., B, H, chunks, TILE] float32 for `gate_gradient`.
+        z, u and w [K / TILE, V / TILE, COMPUTING, B, H, T] and x [..., B, H, chunks, TILE] float32 for `gate_gradient`;
+        and with one stretch the cotangent of the state that enters it, [B, H, K, V] float32.
     """
     batch, tokens, heads, width = q.shape
     key_tiles, value_tiles = width // TILE, v.shape[-1] // TILE
@@ -81,6 +82,7 @@ def gradients_scalar(
             float32(*parts, tokens),
             float32(*parts, tokens),
             float32(*parts, walk.chunks, TILE),
+            *left_state(walk, batch, heads, width, v.shape[-1]),
         ),
         {
             "q_tile": chunk_tile,
@@ -148,7 +150,7 @@ def _gradients(
     u: Ref,
     w: Ref,
     x: Ref,
-    *,
+    *left: Ref,
     walk: Walk,
     scale: float,
     q_tile: Ref,
@@ -283,8 +285,11 @@ def _gradients(
             plgpu.copy_smem_to_gmem(first, dk.at[value_tile, batch, tokens, head, own_keys])
             return later
 
-        places = (pl.ds(key_tile * TILE + index * HALF, HALF) for index in range(COMPUTING))
+        places = [pl.ds(key_tile * TILE + index * HALF, HALF) for index in range(COMPUTING)]
         later = tuple(tile.load_global(leaving.at[batch, head, stretch, place, own_values]) for place in places)
-        lax.fori_loop(0, walk.steps(stretch), step_body, later)
+        later = lax.fori_loop(0, walk.steps(stretch), step_body, later)
+        for target in left:
+            for place, rest in zip(places, later, strict=True):
+                target[batch, head, place, own_values] = rest
         plgpu.barrier_wait(leaving_read)
         plgpu.wait_smem_to_gmem(0)

@@ -105,3 +105,8 @@ def float32(*shape: int) -> jax.ShapeDtypeStruct:
 def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
     """An output in bfloat16."""
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def left_state(walk: Walk, *shape: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The state that leaves the sequence, as an output of kernels that walk all of it."""
+    return (float32(*shape),) if walk.is_whole else ()

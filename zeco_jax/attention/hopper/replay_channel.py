@@ -15,8 +15,10 @@ from zeco_jax.attention.hopper.launch import (
     bfloat16,
     hidden_zero,
     launch,
+    left_state,
     stage_of,
 )
+from zeco_jax.attention.hopper.runs import walk_runs
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
@@ -30,6 +32,7 @@ def replay_channel(
     gates: jax.Array,
     totals: jax.Array,
     strong: jax.Array,
+    strong_tiles: jax.Array,
     some_strong: jax.Array,
     entering: jax.Array,
     *,
@@ -38,57 +41,37 @@ def replay_channel(
     keep_states: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    r"""The outputs of every token: each tile of key channels adds to what those before it gave.
+    r"""The outputs of every token, with a state of one tile.
 
-    .. math:: o_i = \text{scale} \Big(q_i \odot e^{b_i}) S + \sum_{j \le i} (q_i \odot e^{b_i - b_j}) k_j^\top v_j\Big)
+    .. math:: o_i = \text{scale} \Big((q_i \odot e^{b_i}) S + \sum_{j \le i} (q_i \odot e^{b_i - b_j}) k_j^\top v_j\Big)
 
     with :math:`b` the gates' sums since the chunk began and S the state that enters the chunk.
 
     Args:
-        q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
-        k: [B, T, H, K] bfloat16.
-        v: [B, T, H, V] bfloat16, V a multiple of TILE.
-        gates: [B, T, H, K] float32.
-        totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
-        strong: [B, H, chunks, K / HALF] int32, which of them are too strong for exponents of both signs.
-        some_strong: [B, H, stretches, K / TILE] int32, where a stretch has any.
-        entering: [B, H, stretches, K, V] float32, the state that enters each stretch.
+        q: [B, T, H, TILE] bfloat16, T a multiple of CHUNK.
+        k: [B, T, H, TILE] bfloat16.
+        v: [B, T, H, TILE] bfloat16.
+        gates: [B, T, H, TILE] float32.
+        totals: [B, H, chunks, TILE] float32, the gates' sums over each chunk.
+        strong: [B, H, chunks, 2] int32, which halves of the channels are too strong for exponents of both signs.
+        strong_tiles: [B, H, 1, chunks] int32, where one of the halves is.
+        some_strong: [B, H, stretches, 1] int32, where a stretch has any.
+        entering: [B, H, stretches, TILE, TILE] float32, the state that enters each stretch.
         walk: the stretches, forward.
         scale: factor on the outputs.
         keep_states: return the chunks' states, too.
         interpret: simulate the kernel.
 
     Returns:
-        Outputs [B, T, H, V] bfloat16, and if asked for the state that enters each chunk, [B, H, chunks, K, V] bfloat16.
-
-    Raises:
-        NotImplementedError: the states of more than one tile of keys.
+        Outputs [B, T, H, TILE] bfloat16; with one stretch the state that leaves it, [B, H, TILE, TILE] float32; and if
+        asked for the state that enters each chunk, [B, H, chunks, TILE, TILE] bfloat16.
     """
-    if keep_states and q.shape[-1] > TILE:
-        raise NotImplementedError(f"states are kept of up to {TILE} key channels, not {q.shape[-1]}")
-    outputs = ()
-    for key_tile in range(q.shape[-1] // TILE):
-        outputs = _add_tile(
-            (q, k, v, gates, totals, strong, some_strong, entering, *outputs),
-            key_tile,
-            walk=walk,
-            scale=scale,
-            keep_states=keep_states,
-            interpret=interpret,
-        )
-    return outputs
-
-
-def _add_tile(
-    inputs: tuple[jax.Array, ...], key_tile: int, *, walk: Walk, scale: float, keep_states: bool, interpret: bool
-) -> tuple[jax.Array, ...]:
-    batch, _, heads, width = inputs[0].shape
-    values = inputs[2]
-    states = (bfloat16(batch, heads, walk.chunks, width, values.shape[-1]),) if keep_states else ()
+    batch, _, heads, _ = q.shape
+    states = (bfloat16(batch, heads, walk.chunks, TILE, TILE),) if keep_states else ()
     return launch(
-        partial(_replay, key_tile=key_tile, walk=walk, scale=scale),
-        inputs,
-        (bfloat16(*values.shape), *states),
+        partial(_replay, walk=walk, scale=scale),
+        (q, k, v, gates, totals, strong, strong_tiles, some_strong, entering),
+        (bfloat16(*v.shape), *left_state(walk, batch, heads, TILE, TILE), *states),
         {
             "q_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
             "k_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
@@ -109,7 +92,7 @@ def _add_tile(
         },
         name="replay_channel",
         walk=walk,
-        state=(batch, heads, TILE, values.shape[-1]),
+        state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
 
@@ -121,10 +104,12 @@ def _replay(
     gates: Ref,
     totals: Ref,
     strong: Ref,
+    strong_tiles: Ref,
     some_strong: Ref,
     entering: Ref,
+    nothing: Ref,
+    out: Ref,
     *others: Ref,
-    key_tile: int,
     walk: Walk,
     scale: float,
     q_tile: Ref,
@@ -145,15 +130,14 @@ def _replay(
     staging: Ref | None,
 ) -> None:
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
-    value_tile, warpgroup = lax.axis_index("value_tile"), lax.axis_index("warpgroup")
-    earlier, (nothing, out, *states) = others[: key_tile > 0], others[key_tile > 0 :]
+    warpgroup = lax.axis_index("warpgroup")
+    left, states = others[: walk.is_whole], others[walk.is_whole :]
     steps = walk.steps(stretch)
     pairs, scores = work
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        of_keys, of_values = pl.ds(key_tile * TILE, TILE), pl.ds(value_tile * TILE, TILE)
 
         @pl.loop(0, steps)
         def _step(step: jax.Array) -> None:
@@ -162,12 +146,12 @@ def _replay(
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             pl.when(step >= _SLOTS)(lambda: plgpu.barrier_wait(used.at[slot]))
             full = fetched.at[slot]
-            plgpu.copy_gmem_to_smem(q.at[batch, tokens, head, of_keys], q_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(k.at[batch, tokens, head, of_keys], k_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(v.at[batch, tokens, head, of_values], v_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(totals.at[batch, head, chunk, of_keys], totals_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(q.at[batch, tokens, head], q_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(k.at[batch, tokens, head], k_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(v.at[batch, tokens, head], v_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(totals.at[batch, head, chunk], totals_tile.at[slot], full)
             pl.when(step >= 1)(lambda: plgpu.barrier_wait(gates_used))
-            plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, of_keys], gates_tile, gates_fetched)
+            plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head], gates_tile, gates_fetched)
 
         # A barrier may not go while somebody has still to pass it.
         plgpu.barrier_wait(gates_used)
@@ -181,8 +165,7 @@ def _replay(
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         stage = stage_of(staging, warpgroup)
         rows, columns = tile.indices()
-        own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
-        all_keys = pl.ds(key_tile * TILE, TILE)
+        own_values = tile.half(warpgroup)
 
         def step_body(step: jax.Array, state: jax.Array, *, some_strong: bool) -> jax.Array:
             slot = lax.rem(step, _SLOTS)
@@ -238,7 +221,7 @@ def _replay(
                 factors[1, own] = tile.ones(HALF)
 
             if some_strong:
-                is_strong = strong[batch, head, chunk, key_tile * COMPUTING + warpgroup] != 0
+                is_strong = strong[batch, head, chunk, warpgroup] != 0
                 pl.when(is_strong)(exact)
                 pl.when(jnp.logical_not(is_strong))(factored)
             else:
@@ -249,7 +232,7 @@ def _replay(
             own_state[...] = state.astype(jnp.bfloat16)
             plgpu.commit_smem()
             for target in states:
-                plgpu.copy_smem_to_gmem(own_state, target.at[batch, head, chunk, all_keys, own_values])
+                plgpu.copy_smem_to_gmem(own_state, target.at[batch, head, chunk, :, own_values])
             plgpu.barrier_arrive(prepared)
             plgpu.barrier_wait(prepared)
             scored = tile.split(tile.load(own_scores) + tile.load(other_scores))
@@ -264,22 +247,24 @@ def _replay(
             plgpu.barrier_arrive(used.at[slot])
             state *= tile.along_rows(after, HALF)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
-            for part in earlier:
-                result += tile.load_global(part.at[batch, tokens, head, own_values]).astype(jnp.float32)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             own_out[...] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
             return state
 
-        def walk_through(*, some_strong: bool) -> None:
-            place = entering.at[batch, head, stretch, all_keys, own_values]
-            state = tile.load_global(place)
-            lax.fori_loop(0, steps + nothing[0], partial(step_body, some_strong=some_strong), state)
+        def last(state: jax.Array) -> None:
+            for target in left:
+                target[batch, head, :, own_values] = state
 
-        # A loop of its own for what most stretches are: it needs fewer registers than there are.
-        is_any_strong = some_strong[batch, head, stretch, key_tile] != 0
-        pl.when(is_any_strong)(partial(walk_through, some_strong=True))
-        pl.when(jnp.logical_not(is_any_strong))(partial(walk_through, some_strong=False))
+        walk_runs(
+            steps + nothing[0],
+            strong_tiles.at[batch, head, 0],
+            some_strong[batch, head, stretch, 0] != 0,
+            partial(walk.chunk, stretch),
+            step_body,
+            lambda: tile.load_global(entering.at[batch, head, stretch, :, own_values]),
+            last,
+        )
         plgpu.barrier_wait(scores_read)
         plgpu.wait_smem_to_gmem(0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from zeco_jax.attention.hopper.gradients_scalar import gate_gradient, gradients_scalar
 from zeco_jax.attention.hopper.replay_scalar import replay_scalar
+from zeco_jax.attention.hopper.replayed import Replayed, only
 from zeco_jax.attention.hopper.states_scalar import chunk_states_scalar, stretch_states_scalar
 from zeco_jax.attention.hopper.tile import CHUNK, WEAKEST_GATE, summed_tiles
 from zeco_jax.attention.hopper.walk import Walk
@@ -18,11 +19,6 @@ class ScalarDecays(NamedTuple):
     sums: jax.Array
     interpret: bool
 
-    @property
-    def together(self) -> int:
-        """Tiles of the values that all kernels take together."""
-        return 1
-
     @classmethod
     def of(cls, gates: jax.Array, interpret: bool) -> "ScalarDecays":
         """From gates [B or 1, T, H, 1], any T: those that are missing to a whole chunk don't decay."""
@@ -32,11 +28,17 @@ class ScalarDecays(NamedTuple):
         return cls(jnp.cumsum(chunks, axis=-1).reshape(gates.shape), interpret)
 
     def stretch_states(
-        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
+        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
     ) -> tuple[jax.Array, jax.Array]:
         """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B or 1, H, chunks, 1]."""
+        del intra
         states = stretch_states_scalar(keys, values, self.sums, walk=walk, scale=scale, interpret=self.interpret)
-        return states, self.sums[..., CHUNK - 1 :: CHUNK, None]
+        return states, self.totals()
+
+    def totals(self, intra: None = None) -> jax.Array:
+        """The chunks' gates, [B or 1, H, chunks, 1]."""
+        del intra
+        return self.sums[..., CHUNK - 1 :: CHUNK, None]
 
     def chunk_states(
         self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
@@ -45,9 +47,9 @@ class ScalarDecays(NamedTuple):
         del totals, intra
         return chunk_states_scalar(k, v, self.sums, entering, walk=walk, interpret=self.interpret)
 
-    def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> None:
+    def intra(self, q: jax.Array, k: jax.Array, scale: float) -> None:
         """Nothing: the replay needs the state for all it does."""
-        del q, k, totals, scale
+        del q, k, scale
 
     def replay(
         self,
@@ -61,11 +63,10 @@ class ScalarDecays(NamedTuple):
         *,
         intra: None = None,
         keep_states: bool = False,
-    ) -> tuple[jax.Array, None]:
-        """The outputs [B, T, H, V]; the chunks' states are computed again for the gradients."""
+    ) -> Replayed:
+        """The outputs, and with one stretch the state that leaves it; chunks' states are computed again."""
         del totals, intra, keep_states
-        out = replay_scalar(q, k, v, self.sums, entering, walk=walk, scale=scale, interpret=self.interpret)
-        return out, None
+        return Replayed(*replay_scalar(q, k, v, self.sums, entering, walk=walk, scale=scale, interpret=self.interpret))
 
     def gradients(
         self,
@@ -79,11 +80,11 @@ class ScalarDecays(NamedTuple):
         walk: Walk,
         scale: float,
         intra: None = None,
-    ) -> tuple[jax.Array, ...]:
-        """The gradients of q, k, v and the gates [B, T, H, 1]."""
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """The gradients of q, k, v and the gates [B, T, H, 1], and with one stretch that of the state that enters."""
         del totals, intra
-        dq, dk, dv, *parts = gradients_scalar(
+        dq, dk, dv, z, u, w, x, *left = gradients_scalar(
             q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret
         )
-        dgates = jnp.moveaxis(gate_gradient(*parts), 1, 2)[..., None]
-        return summed_tiles(dq), summed_tiles(dk), summed_tiles(dv), dgates
+        dgates = jnp.moveaxis(gate_gradient(z, u, w, x), 1, 2)[..., None]
+        return (summed_tiles(dq), summed_tiles(dk), summed_tiles(dv), dgates), only(left)

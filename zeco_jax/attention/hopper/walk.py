@@ -25,6 +25,11 @@ class Walk:
         """Chunks of a stretch."""
         return -(-self.chunks // self.stretches)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether one block of threads walks all of a sequence."""
+        return self.stretches == 1
+
     def steps(self, stretch: jax.Array) -> jax.Array:
         """Chunks of this stretch."""
         return jnp.minimum(self.longest, self.chunks - stretch * self.longest)

@@ -5,13 +5,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.attention.hopper.channel import channel_gradients, strong_chunks
+from zeco_jax.attention.hopper.channel import channel_gradients
 from zeco_jax.attention.hopper.decayed_keys import decayed_keys
-from zeco_jax.attention.hopper.decayed_replay import decayed_replay
-from zeco_jax.attention.hopper.decayed_scores import Decayed, decayed_scores
+from zeco_jax.attention.hopper.decayed_replay import Decayed, decayed_replay
+from zeco_jax.attention.hopper.decayed_scores import decayed_scores
 from zeco_jax.attention.hopper.decayed_states import decayed_chunk_states, decayed_stretch_states
+from zeco_jax.attention.hopper.exact_scores import exact_scores
 from zeco_jax.attention.hopper.plan import stretches
-from zeco_jax.attention.hopper.tile import TILE
+from zeco_jax.attention.hopper.replayed import Replayed, only
+from zeco_jax.attention.hopper.tile import CHUNK, FACTORED_LIMIT, TILE
 from zeco_jax.attention.hopper.walk import Walk
 
 
@@ -21,19 +23,21 @@ class WideChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
-    @property
-    def together(self) -> int:
-        """Tiles of the values that all kernels take together."""
-        return 1
-
     def stretch_states(
-        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0
+        self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: Decayed | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
-        batch, _, heads, width = keys.shape
-        keys_walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks), walk.reverse)
-        decayed, totals = decayed_keys(keys, self.gates, walk=keys_walk, scale=scale, interpret=self.interpret)
+        if intra is None:
+            batch, _, heads, width = keys.shape
+            keys_walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks), walk.reverse)
+            decayed, totals = decayed_keys(keys, self.gates, walk=keys_walk, scale=scale, interpret=self.interpret)
+        else:
+            decayed, totals = intra.queries if walk.reverse else intra.keys, intra.totals
         return decayed_stretch_states(decayed, values, totals, walk=walk, interpret=self.interpret), totals
+
+    def totals(self, intra: Decayed) -> jax.Array:
+        """The chunks' gates, [B, H, chunks, K]."""
+        return intra.totals
 
     def chunk_states(
         self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: Decayed
@@ -42,14 +46,15 @@ class WideChannelDecays(NamedTuple):
         del k
         return decayed_chunk_states(intra.keys, v, totals, entering, walk=walk, interpret=self.interpret)
 
-    def intra(self, q: jax.Array, k: jax.Array, totals: jax.Array, scale: float) -> Decayed:
+    def intra(self, q: jax.Array, k: jax.Array, scale: float) -> Decayed:
         """What of the replay needs no state."""
-        batch, _, heads, _ = q.shape
-        chunks = totals.shape[2]
+        batch, chunks, heads = q.shape[0], q.shape[1] // CHUNK, q.shape[2]
         walk = Walk(chunks, stretches(batch * heads, chunks))
-        strong, some_strong = strong_chunks(totals, walk)
-        any_strong = jnp.max(some_strong, axis=-1)
-        return decayed_scores(q, k, self.gates, strong, any_strong, walk=walk, scale=scale, interpret=self.interpret)
+        options = {"walk": walk, "scale": scale, "interpret": self.interpret}
+        found = decayed_scores(q, k, self.gates, **options)
+        strong = (jnp.min(found.totals, axis=-1) < FACTORED_LIMIT).astype(jnp.int32)
+        some_strong = jnp.max(walk.by_stretch(strong), axis=-1)
+        return Decayed(*found, strong, exact_scores(q, k, self.gates, strong, some_strong, **options))
 
     def replay(
         self,
@@ -63,13 +68,12 @@ class WideChannelDecays(NamedTuple):
         *,
         intra: Decayed | None = None,
         keep_states: bool = False,
-    ) -> tuple[jax.Array, None]:
-        """The outputs [B, T, H, V]; the chunks' states are computed again for the gradients."""
-        del keep_states
+    ) -> Replayed:
+        """The outputs, and with one stretch the state that leaves it; chunks' states are computed again."""
+        del totals, keep_states
         if intra is None:
-            intra = self.intra(q, k, totals, scale)
-        (out,) = decayed_replay(intra, v, totals, entering, walk=walk, interpret=self.interpret)
-        return out, None
+            intra = self.intra(q, k, scale)
+        return Replayed(*decayed_replay(intra, v, entering, walk=walk, interpret=self.interpret))
 
     def gradients(
         self,
@@ -83,9 +87,9 @@ class WideChannelDecays(NamedTuple):
         walk: Walk,
         scale: float,
         intra: Decayed,
-    ) -> tuple[jax.Array, ...]:
-        """The gradients of q, k, v and the gates."""
-        dv, cotangents = decayed_replay(intra, dout, totals, leaving, walk=walk, interpret=self.interpret)
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
+        dv, *left, cotangents = decayed_replay(intra, dout, leaving, walk=walk, interpret=self.interpret)
         dq, dk, dgates = channel_gradients(
             q,
             k,
@@ -98,4 +102,4 @@ class WideChannelDecays(NamedTuple):
             scale=scale,
             interpret=self.interpret,
         )
-        return dq, dk, dv, dgates
+        return (dq, dk, dv, dgates), only(left)

@@ -33,7 +33,10 @@ def _tiny_cpu() -> RunConfig:
 
 
 def _gpu_340m() -> RunConfig:
-    """The 340m model in bfloat16 on one GPU."""
+    """The 340m model in bfloat16 on one GPU of 40 GB.
+
+    `--remat-saves attention --scan-unroll 1` takes half as much and compiles sooner, at four fifths of the speed.
+    """
     return RunConfig(
         training=TrainConfig(
             model="340m",
@@ -45,6 +48,8 @@ def _gpu_340m() -> RunConfig:
             sequence_length=4096,
             precision="bfloat16",
             remat=True,
+            remat_saves="products",
+            scan_unroll=24,
             output=Path("runs/340m"),
         ),
     )

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
+from zeco_jax.attention.hopper.halves import write_scores
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
@@ -176,8 +177,7 @@ def _score(
             zero = hidden_zero(step)
             mine = warpgroup + zero
             own = tile.half(mine)
-            pair, own_part, other_part = pairs.at[mine], parts.at[mine], parts.at[1 - mine]
-            own_queries, own_keys, own_scores = q_decayed.at[mine], k_decayed.at[mine], scores_tile.at[mine]
+            pair, own_queries, own_keys = pairs.at[mine], q_decayed.at[mine], k_decayed.at[mine]
             pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
 
             def add_tile(key_tile: jax.Array, part: jax.Array) -> jax.Array:
@@ -213,16 +213,8 @@ def _score(
             part = lax.fori_loop(0, key_tiles, add_tile, tile.zeros(CHUNK, CHUNK))
             # The pair has been read.
             plgpu.commit_smem()
-            own_part[...] = part
-            plgpu.barrier_arrive(scored)
-            plgpu.barrier_wait(scored)
-            both = tile.split(part + tile.load(other_part))
-            plgpu.barrier_arrive(scores_read)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            # A warpgroup writes one of the two parts.
-            for index in range(COMPUTING):
-                pl.when(warpgroup == index)(partial(tile.write, own_scores, both[index]))
-            plgpu.copy_smem_to_gmem(own_scores, scores.at[batch, head, chunk, mine])
+            place = scores.at[batch, head, chunk]
+            write_scores(part, parts, scores_tile, place, mine, scored=scored, scores_read=scores_read)
 
         lax.fori_loop(0, steps + nothing[0], step_body, None)
         plgpu.barrier_wait(scores_read)

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper.halves import write_scores
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
@@ -142,7 +143,7 @@ def _score(
         def compute(step: jax.Array, chunk: jax.Array) -> None:
             mine = warpgroup + hidden_zero(step + nothing[0])
             own = tile.half(mine)
-            pair, own_keys, own_scores = pairs.at[mine], k_decayed.at[mine], scores_tile.at[mine]
+            pair, own_keys = pairs.at[mine], k_decayed.at[mine]
 
             def add_tile(key_tile: jax.Array, part: jax.Array) -> jax.Array:
                 del key_tile
@@ -168,16 +169,8 @@ def _score(
                 return part
 
             part = lax.fori_loop(0, key_tiles, add_tile, tile.zeros(CHUNK, CHUNK))
-            parts[mine] = part
-            plgpu.barrier_arrive(scored)
-            plgpu.barrier_wait(scored)
-            both = tile.split(part + tile.load(parts.at[1 - mine]))
-            plgpu.barrier_arrive(scores_read)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            # A warpgroup writes one of the two parts.
-            for index in range(COMPUTING):
-                pl.when(warpgroup == index)(partial(tile.write, own_scores, both[index]))
-            plgpu.copy_smem_to_gmem(own_scores, scores.at[batch, head, chunk, mine])
+            place = scores.at[batch, head, chunk]
+            write_scores(part, parts, scores_tile, place, mine, scored=scored, scores_read=scores_read)
             plgpu.barrier_wait(scores_read)
 
         in_strong_chunks(compute)

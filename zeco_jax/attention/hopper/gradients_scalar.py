@@ -206,6 +206,11 @@ def _gradients(
         positions = sums_tile.at[_SLOTS]
         # Both warpgroups write the same.
         write_positions(positions)
+
+        def rounded(weights: jax.Array) -> tuple[jax.Array, ...]:
+            # Gradients that are to be summed are rounded once more: exact weights make up for it.
+            return (weights.astype(jnp.bfloat16),) if v.shape[-1] == TILE else tile.split(weights)
+
         # The first state finds its place free.
         plgpu.barrier_arrive(state_used)
 
@@ -236,7 +241,7 @@ def _gradients(
             plgpu.barrier_arrive(state_used)
             u[*part, tokens] = jnp.sum(tile.load(queries.at[:, own]) * dq_own, axis=1)
             weights = product(square, (douts, values.transpose(_FLIPPED))) * (decays.between() * scale)
-            dq_own += product(square, (weights.astype(jnp.bfloat16), keys.at[:, own]))
+            dq_own += product(square, *((part, keys.at[:, own]) for part in rounded(weights)))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile.write(first, dq_own.astype(jnp.bfloat16))
             plgpu.copy_smem_to_gmem(first, dq.at[value_tile, batch, tokens, head, own_keys])
@@ -247,7 +252,7 @@ def _gradients(
             between = decays.between(transposed=True) * scale
             scores *= between
             moved = scores * weights
-            scores, weights = tile.split(scores), (weights * between).astype(jnp.bfloat16)
+            scores, weights = tile.split(scores), rounded(weights * between)
             # A warpgroup sums one of the two parts.
             for index in range(COMPUTING):
                 pl.when(warpgroup == index)(lambda index=index: tile.write(second, tile.split(moved)[index]))
@@ -270,7 +275,7 @@ def _gradients(
             dk_own = product(square, *terms) * after
             plgpu.barrier_arrive(leaving_read)
             w[*part, tokens] = jnp.sum(tile.load(keys.at[:, own]) * dk_own, axis=1)
-            dk_own += product(square, (weights, queries.at[:, own]))
+            dk_own += product(square, *((part, queries.at[:, own]) for part in weights))
             dk_own = dk_own.astype(jnp.bfloat16)
             # The gradient of the queries has left the first work.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)

@@ -10,11 +10,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import zeco_jax
+from tests.agreement import relative_rms
 from tests.attention import cases
 from tests.attention.contract import LinearAttentionContract
 from tests.meshes import mesh
 from zeco_jax.attention import Call, HopperBackend, attend, document_starts, make_backend
 from zeco_jax.attention.hopper import levels, plan
+from zeco_jax.attention.hopper.tile import FACTORED_LIMIT
 from zeco_jax.collectives import AllScanOptions
 from zeco_jax.parallel import AllScanExchange
 
@@ -170,6 +172,40 @@ def test_the_part_that_needs_no_state_can_be_done_before():
         return backend.replay_inter(q, k, v, gates, state, intra, prepared=prepared)
 
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (out, in_two(q, k, v, gates, state))))
+
+
+def test_decays_at_the_limit_of_what_is_factored(monkeypatch):
+    """Where sums that are rounded in two ways fall on either side of it, nobody may mistake one for the other."""
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 1, 128)), jnp.bfloat16) for _ in range(3))
+    gates = np.full((1, 128, 1, 128), -0.01)
+    first = rng.uniform(size=(64, 128))
+    gates[0, :64, 0] = FACTORED_LIMIT * first / first.sum(0)
+    arguments = (q, k, v, jnp.asarray(gates, jnp.float32))
+
+    def gradients(attend, *arguments):
+        (out, state), pull = jax.vjp(attend, *arguments)
+        return pull((jnp.ones_like(out), jnp.ones_like(state)))
+
+    want = gradients(partial(zeco_jax.linear_attention, backend="xla"), *(x.astype(jnp.float32) for x in arguments))
+    for name, got, wanted in zip(("q", "k", "v", "log_decay"), gradients(simulated, *arguments), want, strict=True):
+        assert relative_rms(got, wanted) < 5e-3, name
+
+
+def test_rematerialization_summarizes_nothing_again():
+    """Summaries and outputs are kept: backward the replay runs again for the chunks' states, and nothing else."""
+    policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_summaries")
+
+    @partial(jax.checkpoint, policy=policy)
+    def loss(q, k, v, log_decay):
+        out, _ = attend(q, k, v, log_decay, backend=HopperBackend())
+        return jnp.sum(out.astype(jnp.float32))
+
+    arrays = [jax.ShapeDtypeStruct((1, 1024, 1, 128), dtype) for dtype in 3 * [jnp.bfloat16] + [jnp.float32]]
+    with_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+    lowered = with_gradients.trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 6
 
 
 @pytest.mark.parametrize(

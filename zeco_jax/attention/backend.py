@@ -2,10 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 class Summary(NamedTuple):
@@ -31,6 +33,11 @@ class Gradients(NamedTuple):
     k: jax.Array
     v: jax.Array
     gates: jax.Array
+
+
+def checkpointed[Kept](name: str, kept: Kept) -> Kept:
+    """Arrays under a name by which rematerialisation can keep them, for whoever computes with them, too."""
+    return jax.tree.map(partial(checkpoint_name, name=name), kept)
 
 
 def total_decay(gates: jax.Array, state_shape: tuple[int, ...]) -> jax.Array:
@@ -115,7 +122,8 @@ class Backend(ABC):
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
         """As `replay`, when gradients will be asked for; and what they need again: `prepared` and `states`, if any.
 
-        Keywords of `replay_adjoint`; rematerialisation keeps the first, and may keep the second.
+        Keywords of `replay_adjoint`. Those it computes itself have names, "attention_summaries" and "attention_states":
+        rematerialisation keeps the first, and may keep the second.
         """
         return self.replay(q, k, v, gates, state_in, **prepared), {}
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from zeco_jax.attention.backend import Backend, Gradients, Summary
+from zeco_jax.attention.backend import Backend, Gradients, Summary, checkpointed
 from zeco_jax.attention.gates import accumulation_dtype, normalize_gates
 from zeco_jax.varying import match_varying
 
@@ -130,14 +130,14 @@ def _forward(
 ) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
     def replay(state: jax.Array, **prepared: Any) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
         if keep:
-            results, kept = backend.replay_keeping(q, k, v, gates, state, **prepared)
-            return results, _checkpointed(kept)
+            return backend.replay_keeping(q, k, v, gates, state, **prepared)
         return backend.replay(q, k, v, gates, state, **prepared), {}
 
     if exchange is None:
         (out, state_out), kept = replay(initial_state)
         return (_kept(out), state_out), Residuals(q, k, v, gates, initial_state, None, kept)
-    prepared = _checkpointed(_named("prepared", backend.prepare(k, v, gates)))
+    # What has a name can be kept by rematerialisation, which then neither attends nor exchanges again.
+    prepared = _named("prepared", checkpointed("attention_summaries", backend.prepare(k, v, gates)))
     if exchange.takes_turns:
 
         def work(state: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -193,12 +193,6 @@ def _kept(out: jax.Array) -> jax.Array:
     the backward pass.
     """
     return checkpoint_name(out.reshape(*out.shape[:2], -1), "attention_out").reshape(out.shape)
-
-
-def _checkpointed(prepared: dict[str, Any]) -> dict[str, Any]:
-    """Under names by which rematerialisation can keep them: it then neither attends nor exchanges again."""
-    names = {"prepared": "attention_summaries", "states": "attention_states"}
-    return {name: jax.tree.map(partial(checkpoint_name, name=names[name]), kept) for name, kept in prepared.items()}
 
 
 def _named(name: str, prepared: Any) -> dict[str, Any]:

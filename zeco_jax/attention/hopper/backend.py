@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zeco_jax.attention.backend import Backend, Call, Gradients, Summary
+from zeco_jax.attention.backend import Backend, Call, Gradients, Summary, checkpointed
 from zeco_jax.attention.hopper.channel import ChannelDecays
 from zeco_jax.attention.hopper.decayed_replay import Decayed
 from zeco_jax.attention.hopper.plan import stretches
@@ -98,8 +98,8 @@ class HopperBackend(Backend):
         """As `replay`; keeps the summaries, and the chunks' states where the kernel can write them on its way."""
         work = self._work(k, v, gates)
         if prepared is None:
-            intra = work.decays.intra(_pad(q), work.keys, self.scale)
-            prepared = work.summaries(intra=intra, needed=False)
+            intra = intra or work.decays.intra(_pad(q), work.keys, self.scale)
+            prepared = checkpointed("attention_summaries", work.summaries(intra=intra, needed=False))
         entering, state_out = prepared.enter(work.pad_state(state_in), reverse=False)
         out, left, states = work.decays.replay(
             _pad(q),
@@ -113,7 +113,10 @@ class HopperBackend(Backend):
             keep_states=keep_states,
         )
         results = work.cut(out, work.value_width), work.cut_state(state_out if left is None else left)
-        return results, {"prepared": prepared} | ({} if states is None else {"states": states})
+        kept = {"prepared": prepared}
+        if states is not None:
+            kept["states"] = checkpointed("attention_states", states)
+        return results, kept
 
     def replay_intra(
         self,
@@ -186,7 +189,7 @@ class HopperBackend(Backend):
         del dout, prepared_adjoint
         work = self._work(k, v, gates)
         decayed = work.decays.intra(_pad(q), work.keys, self.scale)
-        prepared = prepared or work.summaries(intra=decayed)
+        prepared = prepared or self.prepare(k, v, gates)
         if states is None:
             entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
             walk = prepared.walk(reverse=False)
@@ -211,7 +214,7 @@ class HopperBackend(Backend):
         """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
         del state_in, states
         work = self._work(k, v, gates)
-        prepared = prepared or work.summaries(intra=intra.decayed)
+        prepared = prepared or self.prepare(k, v, gates)
         later = prepared_adjoint or self._work(q, dout, gates).summaries(
             reverse=True, scale=self.scale, intra=intra.decayed, needed=False
         )

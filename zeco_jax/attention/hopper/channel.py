@@ -90,9 +90,10 @@ class ChannelDecays(NamedTuple):
         intra: None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
-        del intra
+        # Whoever writes the cotangents and whoever reads them decide by the same sums, bit for bit.
+        del totals, intra
         options = {"scale": scale, "interpret": self.interpret}
-        cotangents, *left = chunk_states(q, dout, self.gates, leaving, walk=walk, **options)
+        cotangents, totals, *left = chunk_states(q, dout, self.gates, leaving, walk=walk, **options)
         gradients = channel_gradients(q, k, v, self.gates, dout, totals, states, cotangents, **options)
         return gradients, only(left)
 

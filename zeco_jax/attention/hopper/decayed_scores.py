@@ -205,7 +205,7 @@ def _score(
                 plgpu.copy_smem_to_gmem(own_queries, queries.at[batch, tokens, head, places])
                 plgpu.copy_smem_to_gmem(own_keys, keys.at[batch, tokens, head, places])
                 flipped = [pair.at[i + zero].transpose(_FLIPPED) for i in range(2)]
-                # The two triangles together are ones alone: every column is the same.
+                # The two triangles together are ones alone: every column is the same but for rounding.
                 total = product((HALF, CHUNK), *((x, ones) for x in flipped for ones in (lower, above)))
                 totals[batch, head, chunk, places] = jnp.max(total, axis=1)
                 return part

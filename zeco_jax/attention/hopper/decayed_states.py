@@ -1,7 +1,5 @@
 """Kernel: what stretches of tokens do to the state, and on request every chunk's, from keys that have been decayed."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.launch import bfloat16, float32
-from zeco_jax.attention.hopper.tile import FACTORED_LIMIT, TILE
+from zeco_jax.attention.hopper.tile import TILE
 from zeco_jax.attention.hopper.walk import Walk
 from zeco_jax.attention.hopper.walked_states import Fetched, Leave, walk_states
 
@@ -47,14 +45,14 @@ def decayed_chunk_states(
     walk: Walk,
     interpret: bool = False,
 ) -> jax.Array:
-    """The state that enters each chunk, given those that enter the stretches; as `states.chunk_states`.
+    """The state that enters each chunk, given those that enter the stretches.
 
     Args:
         decayed: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
         values: [B, T, H, V] bfloat16, V a multiple of TILE.
         totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
         entering: [B, H, stretches, K, V] float32.
-        walk: the stretches.
+        walk: the stretches, forward.
         interpret: simulate the kernel.
 
     Returns:
@@ -71,7 +69,7 @@ def _states(
     inputs: tuple[jax.Array, ...], output: jax.ShapeDtypeStruct, *, name: str, walk: Walk, interpret: bool
 ) -> jax.Array:
     return walk_states(
-        partial(_step, reverse=walk.reverse),
+        _step,
         lambda totals, place: totals.at[place.batch, place.head, place.chunk, place.keys],
         inputs,
         output,
@@ -82,12 +80,11 @@ def _states(
     )
 
 
-def _step(chunk: Fetched, state: jax.Array, leave: Leave | None, *, reverse: bool) -> jax.Array:
+def _step(chunk: Fetched, state: jax.Array, leave: Leave | None) -> jax.Array:
     plgpu.barrier_wait(chunk.there)
     total = plgpu.load(chunk.decays.at[tile.half(lax.axis_index("warpgroup"))], layout=tile.ROW)
     if leave is not None:
-        factor = jnp.exp(jnp.where(total < FACTORED_LIMIT, 0.0, total))
-        leave(state * tile.along_rows(factor, TILE) if reverse else state)
+        leave(state)
     terms = (chunk.keys.transpose((1, 0)), chunk.values)
     state *= tile.along_rows(jnp.exp(total), TILE)
     (state,) = tile.added_products((state, [terms]), staging=chunk.staging)

@@ -84,10 +84,15 @@ def chunk_states(
         interpret: simulate the kernel.
 
     Returns:
-        [B, H, chunks, TILE, TILE] bfloat16, and with one stretch the state that leaves it, [B, H, TILE, TILE] float32.
+        [B, H, chunks, TILE, TILE] bfloat16, the gates' sums over each chunk [B, H, chunks, TILE] float32, and with one
+        stretch the state that leaves it, [B, H, TILE, TILE] float32.
     """
     batch, _, heads, _ = keys.shape
-    outputs = (bfloat16(batch, heads, walk.chunks, TILE, TILE), *left_state(walk, batch, heads, TILE, TILE))
+    outputs = (
+        bfloat16(batch, heads, walk.chunks, TILE, TILE),
+        float32(batch, heads, walk.chunks, TILE),
+        *left_state(walk, batch, heads, TILE, TILE),
+    )
     return _launch((keys, values, gates, entering), outputs, walk=walk, scale=scale, interpret=interpret)
 
 
@@ -156,6 +161,7 @@ def _traced(
     entering: Ref,
     nothing: Ref,
     states: Ref,
+    totals: Ref,
     *left: Ref,
     state_tile: Ref,
     walk: Walk,
@@ -167,6 +173,7 @@ def _traced(
     rows, own = tile.half(warpgroup), state_tile.at[warpgroup]
 
     def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
+        totals[batch, head, chunk, rows] = total
         if walk.reverse:
             state *= tile.along_rows(jnp.exp(jnp.where(total < FACTORED_LIMIT, 0.0, total)), TILE)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -89,6 +89,8 @@ class WideChannelDecays(NamedTuple):
         intra: Decayed,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
+        # By the same sums decayed_replay chooses how to write the cotangents, and their reader how to read them.
+        del totals
         dv, *left, cotangents = decayed_replay(intra, dout, leaving, walk=walk, interpret=self.interpret)
         dq, dk, dgates = channel_gradients(
             q,
@@ -96,7 +98,7 @@ class WideChannelDecays(NamedTuple):
             v,
             self.gates,
             dout,
-            totals,
+            intra.totals,
             states,
             cotangents,
             scale=scale,

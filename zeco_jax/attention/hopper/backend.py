@@ -167,8 +167,6 @@ class HopperBackend(Backend):
         **prepared: Any,
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state."""
-        if "prepared" not in prepared:
-            prepared["prepared"] = self.prepare(k, v, gates)
         intra = self.replay_intra_adjoint(q, k, v, gates, state_in, dout, **prepared)
         return self.replay_inter_adjoint(q, k, v, gates, state_in, dout, dstate_out, intra, **prepared)
 
@@ -189,8 +187,8 @@ class HopperBackend(Backend):
         del dout, prepared_adjoint
         work = self._work(k, v, gates)
         decayed = work.decays.intra(_pad(q), work.keys, self.scale)
-        prepared = prepared or self.prepare(k, v, gates)
         if states is None:
+            prepared = prepared or self.prepare(k, v, gates)
             entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
             walk = prepared.walk(reverse=False)
             states = work.decays.chunk_states(work.keys, work.values, prepared.totals, entering, walk, decayed)
@@ -212,9 +210,8 @@ class HopperBackend(Backend):
         states: jax.Array | None = None,
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
-        del state_in, states
+        del state_in, prepared, states
         work = self._work(k, v, gates)
-        prepared = prepared or self.prepare(k, v, gates)
         later = prepared_adjoint or self._work(q, dout, gates).summaries(
             reverse=True, scale=self.scale, intra=intra.decayed, needed=False
         )
@@ -224,7 +221,6 @@ class HopperBackend(Backend):
             work.keys,
             work.values,
             _pad(dout.astype(v.dtype)),
-            prepared.totals,
             intra.states,
             leaving,
             later.walk(reverse=True),

@@ -82,7 +82,6 @@ class ChannelDecays(NamedTuple):
         k: jax.Array,
         v: jax.Array,
         dout: jax.Array,
-        totals: jax.Array,
         states: jax.Array,
         leaving: jax.Array,
         walk: Walk,
@@ -91,7 +90,7 @@ class ChannelDecays(NamedTuple):
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
         # Whoever writes the cotangents and whoever reads them decide by the same sums, bit for bit.
-        del totals, intra
+        del intra
         options = {"scale": scale, "interpret": self.interpret}
         cotangents, totals, *left = chunk_states(q, dout, self.gates, leaving, walk=walk, **options)
         gradients = channel_gradients(q, k, v, self.gates, dout, totals, states, cotangents, **options)

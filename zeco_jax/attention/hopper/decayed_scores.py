@@ -1,7 +1,6 @@
 """Kernel: all of the outputs' work that doesn't depend on values or states, for a decay per key channel."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +26,6 @@ _SLOTS = 2
 _FLIPPED = (1, 0)
 
 
-class DecayedScores(NamedTuple):
-    """What `decayed_scores` returns.
-
-    Attributes:
-        queries: [B, T, H, K] bfloat16, decayed from the start of their chunk, times the scale.
-        keys: [B, T, H, K] bfloat16, decayed to the end of their chunk.
-        totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
-        scores: [B, H, chunks, 2, CHUNK, CHUNK] bfloat16, within each chunk, in two parts that are to be summed;
-            anything where a channel of the chunk's totals is below FACTORED_LIMIT.
-    """
-
-    queries: jax.Array
-    keys: jax.Array
-    totals: jax.Array
-    scores: jax.Array
-
-
 def decayed_scores(
     q: jax.Array,
     k: jax.Array,
@@ -52,7 +34,7 @@ def decayed_scores(
     walk: Walk,
     scale: float,
     interpret: bool = False,
-) -> DecayedScores:
+) -> tuple[jax.Array, ...]:
     r"""Queries and keys decayed to the borders of their chunk, and the scores within it.
 
     .. math::
@@ -72,11 +54,14 @@ def decayed_scores(
         interpret: simulate the kernel.
 
     Returns:
-        Queries, keys, totals and scores.
+        Queries [B, T, H, K] bfloat16, decayed from the start of their chunk, times the scale; keys [B, T, H, K]
+        bfloat16, decayed to the end of their chunk; the gates' sums over each chunk [B, H, chunks, K] float32; and the
+        scores [B, H, chunks, 2, CHUNK, CHUNK] bfloat16, in two parts that are to be summed: anything in chunks where
+        one of these sums is below FACTORED_LIMIT.
     """
     batch, _, heads, width = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
-    results = launch(
+    return launch(
         partial(_score, key_tiles=width // TILE, walk=walk, scale=scale),
         (q, k, gates),
         (
@@ -107,7 +92,6 @@ def decayed_scores(
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
-    return DecayedScores(*results)
 
 
 def _score(

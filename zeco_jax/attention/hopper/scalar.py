@@ -74,7 +74,6 @@ class ScalarDecays(NamedTuple):
         k: jax.Array,
         v: jax.Array,
         dout: jax.Array,
-        totals: jax.Array,
         states: jax.Array,
         leaving: jax.Array,
         walk: Walk,
@@ -82,7 +81,7 @@ class ScalarDecays(NamedTuple):
         intra: None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """The gradients of q, k, v and the gates [B, T, H, 1], and with one stretch that of the state that enters."""
-        del totals, intra
+        del intra
         dq, dk, dv, z, u, w, x, *left = gradients_scalar(
             q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret
         )

@@ -51,10 +51,11 @@ class WideChannelDecays(NamedTuple):
         batch, chunks, heads = q.shape[0], q.shape[1] // CHUNK, q.shape[2]
         walk = Walk(chunks, stretches(batch * heads, chunks))
         options = {"walk": walk, "scale": scale, "interpret": self.interpret}
-        found = decayed_scores(q, k, self.gates, **options)
-        strong = (jnp.min(found.totals, axis=-1) < FACTORED_LIMIT).astype(jnp.int32)
+        queries, keys, totals, scores = decayed_scores(q, k, self.gates, **options)
+        strong = (jnp.min(totals, axis=-1) < FACTORED_LIMIT).astype(jnp.int32)
         some_strong = jnp.max(walk.by_stretch(strong), axis=-1)
-        return Decayed(*found, strong, exact_scores(q, k, self.gates, strong, some_strong, **options))
+        strong_scores = exact_scores(q, k, self.gates, strong, some_strong, **options)
+        return Decayed(queries, keys, totals, scores, strong, strong_scores)
 
     def replay(
         self,
@@ -81,7 +82,6 @@ class WideChannelDecays(NamedTuple):
         k: jax.Array,
         v: jax.Array,
         dout: jax.Array,
-        totals: jax.Array,
         states: jax.Array,
         leaving: jax.Array,
         walk: Walk,
@@ -90,7 +90,6 @@ class WideChannelDecays(NamedTuple):
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
         # By the same sums decayed_replay chooses how to write the cotangents, and their reader how to read them.
-        del totals
         dv, *left, cotangents = decayed_replay(intra, dout, leaving, walk=walk, interpret=self.interpret)
         dq, dk, dgates = channel_gradients(
             q,

@@ -52,7 +52,8 @@ def segment_ids(pattern: str, batch: int, tokens: int, ranks: int = 1) -> np.nda
     elif pattern == "returning":
         return np.tile(np.repeat([1, 2, 1], -(-tokens // 3))[:tokens], (batch, 1)).astype(np.int32)
     elif pattern == "late":
-        places = [[tokens - tokens // 3]]
+        first = tokens - tokens // 3
+        places = [[first, first + 1, first + 13, first + 14, tokens - 10]]
     elif pattern == "gaps":
         return _changes(batch, tokens, [[3, tokens // 2]]) * 1000 - 5
     else:

@@ -9,6 +9,7 @@ import pytest
 
 from tests import oracle
 from tests.agreement import relative_rms
+from zeco_jax.attention.hopper.chunk_gradients_scalar import chunk_gradients_scalar
 from zeco_jax.attention.hopper.gradients_scalar import gate_gradient, gradients_scalar
 from zeco_jax.attention.hopper.replay_scalar import replay_scalar
 from zeco_jax.attention.hopper.states_scalar import chunk_states_scalar, stretch_states_scalar
@@ -98,17 +99,24 @@ class Problem:
         return np.stack(list(later), axis=2)
 
 
-PROBLEMS = [
+NARROW = [
     pytest.param(Problem("weak", batch=2, shared=True), id="shared"),
-    pytest.param(Problem("weak", key_width=256), id="two-key-tiles"),
-    pytest.param(Problem("strong", value_width=256), id="two-value-tiles-strong"),
     pytest.param(Problem("strong", batch=2), id="own-strong"),
+]
+WIDE = [
+    pytest.param(Problem("weak", key_width=256), id="two-key-tiles"),
+    pytest.param(Problem("strong", value_width=384), id="three-value-tiles-strong"),
 ]
 
 
-@pytest.fixture(params=PROBLEMS)
+@pytest.fixture(params=NARROW + WIDE)
 def problem(request):
     return request.param
+
+
+def assert_states(states, want):
+    for chunk in range(CHUNKS):
+        assert relative_rms(states[:, :, chunk], want[:, :, chunk]) < TOLERANCE
 
 
 class TestStates:
@@ -132,47 +140,73 @@ class TestStates:
         entering = jnp.asarray(problem.entering(STARTS[:-1]), jnp.float32)
         k, v = problem.arrays["k"], problem.arrays["v"]
         states = chunk_states_scalar(k, v, problem.sums, entering, walk=problem.walk(), interpret=True)
-        want = problem.entering(range(0, CHUNKS * CHUNK, CHUNK))
-        for chunk in range(CHUNKS):
-            assert relative_rms(states[:, :, chunk], want[:, :, chunk]) < TOLERANCE
+        assert_states(states, problem.entering(range(0, CHUNKS * CHUNK, CHUNK)))
 
 
-def test_replay(problem):
-    q, k, v = (problem.arrays[name] for name in "qkv")
-    entering = jnp.asarray(problem.entering(STARTS[:-1]), jnp.float32)
-    (out,) = replay_scalar(q, k, v, problem.sums, entering, walk=problem.walk(), scale=SCALE, interpret=True)
-    assert relative_rms(out, problem.expected.out) < TOLERANCE
+class TestReplay:
+    def replay(self, problem, values, entering, **options):
+        q, k = problem.arrays["q"], problem.arrays["k"]
+        entering = jnp.asarray(entering, jnp.float32)
+        return replay_scalar(q, k, values, problem.sums, entering, scale=SCALE, interpret=True, **options)
+
+    def test_outputs(self, problem):
+        (out,) = self.replay(problem, problem.arrays["v"], problem.entering(STARTS[:-1]), walk=problem.walk())
+        assert relative_rms(out, problem.expected.out) < TOLERANCE
+
+    @pytest.mark.parametrize("problem", NARROW[:1])
+    def test_keeps_the_states_that_enter_the_chunks(self, problem):
+        entering, walk = problem.entering(STARTS[:-1]), problem.walk()
+        _, states = self.replay(problem, problem.arrays["v"], entering, walk=walk, keep_states=True)
+        assert_states(states, problem.entering(range(0, CHUNKS * CHUNK, CHUNK)))
+
+    @pytest.mark.parametrize("problem", WIDE)
+    def test_in_reverse(self, problem):
+        leaving, walk = problem.leaving(STARTS[1:]), problem.walk(reverse=True)
+        dv, states = self.replay(problem, problem.arrays["dout"], leaving, walk=walk, keep_states=True)
+        assert relative_rms(dv, problem.expected.gradients["v"]) < TOLERANCE
+        assert_states(states, problem.leaving(range(CHUNK, (CHUNKS + 1) * CHUNK, CHUNK)))
 
 
 class TestGradients:
-    def test_all(self, problem):
-        q, k, v, dout = (problem.arrays[name] for name in ("q", "k", "v", "dout"))
-        states = jnp.asarray(problem.entering(range(0, CHUNKS * CHUNK, CHUNK)), jnp.bfloat16)
-        leaving = jnp.asarray(problem.leaving(STARTS[1:]), jnp.float32)
-        walk = problem.walk(reverse=True)
-        *gradients, z, u, w, x = gradients_scalar(
-            q, k, v, problem.sums, dout, states, leaving, walk=walk, scale=SCALE, interpret=True
+    def assert_agree(self, problem, kernel, leaving, names, walk):
+        *gradients, z, u, w, x = kernel(
+            *(problem.arrays[name] for name in "qkv"),
+            problem.sums,
+            problem.arrays["dout"],
+            jnp.asarray(problem.entering(range(0, CHUNKS * CHUNK, CHUNK)), jnp.bfloat16),
+            leaving,
+            walk=walk,
+            scale=SCALE,
+            interpret=True,
         )
-        for name, parts in zip("qkv", gradients, strict=True):
-            assert relative_rms(np.asarray(parts, np.float64).sum(0), problem.expected.gradients[name]) < TOLERANCE, (
-                name
-            )
-        dgates = np.asarray(gate_gradient(z, u, w, x), np.float64)
-        want = np.moveaxis(problem.expected.gradients["log_decay"], 1, 2)
+        for name, got in zip(names, gradients, strict=True):
+            assert relative_rms(got, problem.expected.gradients[name]) < TOLERANCE, name
+        dgates = np.asarray(gate_gradient(z, u, w, x), np.float64)[..., 0]
+        want = problem.expected.gradients["log_decay"]
         assert relative_rms(dgates, want) < TOLERANCE
         # Gradients of gates that decay to nearly nothing are right in their own size: nothing cancels.
         if problem.kind == "strong":
             small = np.abs(want) < 1e-6 * np.abs(want).max()
             assert np.median(np.abs(dgates / want - 1)[small]) < 5e-3
 
+    @pytest.mark.parametrize("problem", NARROW)
+    def test_all(self, problem):
+        leaving = jnp.asarray(problem.leaving(STARTS[1:]), jnp.float32)
+        self.assert_agree(problem, gradients_scalar, leaving, "qkv", problem.walk(reverse=True))
+
+    @pytest.mark.parametrize("problem", WIDE)
+    def test_chunk_by_chunk(self, problem):
+        leaving = jnp.asarray(problem.leaving(range(CHUNK, (CHUNKS + 1) * CHUNK, CHUNK)), jnp.bfloat16)
+        self.assert_agree(problem, chunk_gradients_scalar, leaving, "qk", problem.walk())
+
     def test_gates_are_summed_within_their_chunk(self):
         rng = np.random.default_rng(3)
-        z, u, w = rng.normal(size=(3, 1, 2, 2, 1, 1, 2 * CHUNK))
-        x = rng.normal(size=(1, 2, 2, 1, 1, 2, 128))
+        z, u, w = rng.normal(size=(3, 2, 1, 1, 2 * CHUNK))
+        x = rng.normal(size=(2, 1, 1, 2, 128))
         got = gate_gradient(*(jnp.asarray(part, jnp.float32) for part in (z, u, w, x)))
-        summed = [part.sum((0, 1, 2))[0, 0].reshape(2, CHUNK) for part in (z, u, w)]
+        summed = [part.sum(0)[0, 0].reshape(2, CHUNK) for part in (z, u, w)]
         for chunk in range(2):
             z_part, u_part, w_part = (part[chunk] for part in summed)
             for token in range(CHUNK):
                 want = z_part[token] + u_part[token:].sum() + w_part[:token].sum() + x[..., chunk, :].sum()
-                np.testing.assert_allclose(got[0, 0, chunk * CHUNK + token], want, rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(got[0, chunk * CHUNK + token, 0, 0], want, rtol=1e-4, atol=1e-4)

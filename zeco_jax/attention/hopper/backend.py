@@ -14,6 +14,7 @@ from zeco_jax.attention.hopper.scalar import ScalarDecays
 from zeco_jax.attention.hopper.tile import CHUNK, TILE
 from zeco_jax.attention.hopper.walk import Walk
 from zeco_jax.attention.hopper.wide_channel import WideChannelDecays
+from zeco_jax.attention.hopper.wide_scalar import WideScalarDecays
 from zeco_jax.platforms import device_in_scope
 
 _WIDEST_KEY = 256
@@ -286,9 +287,10 @@ class _Work(NamedTuple):
         """Pads with zeros: keys and values that add nothing, gates that don't decay."""
         tokens, key_width, value_width = keys.shape[1], keys.shape[-1], values.shape[-1]
         keys, values = _pad(keys), _pad(values)
+        is_wide = max(keys.shape[-1], values.shape[-1]) > TILE
         if gates.shape[-1] == 1:
-            decays = ScalarDecays.of(gates, interpret)
-        elif max(keys.shape[-1], values.shape[-1]) > TILE:
+            decays = (WideScalarDecays if is_wide else ScalarDecays).of(gates, interpret)
+        elif is_wide:
             decays = WideChannelDecays(_pad(gates), interpret)
         else:
             decays = ChannelDecays(_pad(gates), interpret)

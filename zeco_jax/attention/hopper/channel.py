@@ -10,7 +10,7 @@ from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replay_channel import replay_channel
 from zeco_jax.attention.hopper.replayed import Replayed, only
 from zeco_jax.attention.hopper.states import chunk_states, stretch_states
-from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, TILE, WEAKEST_GATE
+from zeco_jax.attention.hopper.tile import CHUNK, FACTORED_LIMIT, HALF, TILE, WEAKEST_GATE
 from zeco_jax.attention.hopper.walk import Walk
 
 
@@ -60,7 +60,7 @@ class ChannelDecays(NamedTuple):
     ) -> Replayed:
         """The outputs, the chunks' states where they are to be kept, and with one stretch the state that leaves it."""
         del intra
-        out, *others = replay_channel(
+        outputs = replay_channel(
             q,
             k,
             v,
@@ -73,8 +73,7 @@ class ChannelDecays(NamedTuple):
             keep_states=keep_states,
             interpret=self.interpret,
         )
-        left, states = others[: walk.is_whole], others[walk.is_whole :]
-        return Replayed(out, only(left), only(states))
+        return Replayed.of(outputs, walk)
 
     def gradients(
         self,
@@ -130,15 +129,12 @@ def channel_gradients(
     )
 
 
-def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array, jax.Array]:
+def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
     """What decays too strongly to be factored.
 
     Returns:
-        By chunks and halves of tiles [B, H, chunks, K / HALF], by tiles and chunks [B, H, K / TILE, chunks], and by
-        stretches and tiles [B, H, stretches, K / TILE].
+        Whether chunks do, by halves of tiles [B, H, chunks, K / HALF] int32; and the least of the chunks' gates in each
+        stretch, [B, H, stretches, K], which shares a pass with the sums of `_Summaries`.
     """
-    batch, heads, chunks, width = totals.shape
-    by_half = jnp.min(totals.reshape(batch, heads, chunks, width // HALF, HALF), axis=-1) < FACTORED_LIMIT
-    by_tile = jnp.any(by_half.reshape(batch, heads, chunks, -1, COMPUTING), axis=-1)
-    by_stretch = jnp.any(walk.by_stretch(by_tile), axis=3)
-    return tuple(x.astype(jnp.int32) for x in (by_half, jnp.moveaxis(by_tile, 2, 3), by_stretch))
+    by_half = jnp.min(totals.reshape(*totals.shape[:3], -1, HALF), axis=-1) < FACTORED_LIMIT
+    return by_half.astype(jnp.int32), jnp.min(walk.by_stretch(totals), axis=3)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
@@ -18,15 +18,16 @@ from zeco_jax.attention.hopper.launch import (
     launch,
     stage_of,
 )
+from zeco_jax.attention.hopper.passes import Passes
 from zeco_jax.attention.hopper.runs import walk_runs
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
 _FLIPPED = (1, 0)
 _SQUARE = (CHUNK, CHUNK)
-# What the exact levels find, in device memory: the scores, gradients of queries, keys and gates.
+# What the passes over strong chunks find, in device memory: the scores, gradients of queries, keys and gates.
 _FOUND = 4
-# With it what waits there in the meantime, as the levels need the registers.
+# With it what waits there in the meantime, as the passes need the registers.
 _WAITING = 2
 
 
@@ -38,8 +39,7 @@ def chunk_gradients(
     dout: jax.Array,
     totals: jax.Array,
     strong: jax.Array,
-    strong_tiles: jax.Array,
-    some_strong: jax.Array,
+    weakest: jax.Array,
     states: jax.Array,
     leaving: jax.Array,
     *,
@@ -70,8 +70,7 @@ def chunk_gradients(
         dout: [B, T, H, V] bfloat16.
         totals: [B, H, chunks, K] float32, the gates' sums over each chunk.
         strong: [B, H, chunks, K / HALF] int32, which of them are too strong for exponents of both signs.
-        strong_tiles: [B, H, K / TILE, chunks] int32, where one of a tile's halves is.
-        some_strong: [B, H, stretches, K / TILE] int32, where a stretch has any.
+        weakest: [B, H, stretches, K] float32, the least of the sums in each stretch.
         states: [B, H, chunks, K, V] bfloat16, the state that enters each chunk.
         leaving: [B, H, chunks, K, V] bfloat16, from D as `states.chunk_states` writes it.
         walk: which chunks a block of threads takes.
@@ -87,7 +86,7 @@ def chunk_gradients(
     pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
     *gradients, _ = launch(
         partial(_gradients, walk=walk, scale=scale),
-        (q, k, v, gates, dout, totals, strong, strong_tiles, some_strong, states, leaving),
+        (q, k, v, gates, dout, totals, strong, weakest, states, leaving),
         (
             bfloat16(*q.shape),
             bfloat16(*k.shape),
@@ -110,8 +109,8 @@ def chunk_gradients(
             "weights_tile": tile.bf16_tile(COMPUTING, *_SQUARE),
             # Ones up to and including the diagonal, and below it.
             "triangles": tile.bf16_tile(2, *_SQUARE),
-            # What crosses the chunk.
-            "vector": plgpu.SMEM((TILE,), jnp.float32),
+            # What crosses the chunk, and what `Passes` keeps.
+            "vectors": plgpu.SMEM((2, TILE), jnp.float32),
             "fetched": plgpu.Barrier(num_arrivals=2 * COMPUTING),
             "used": plgpu.Barrier(num_arrivals=COMPUTING),
             "gates_fetched": plgpu.Barrier(num_arrivals=COMPUTING),
@@ -141,8 +140,7 @@ def _gradients(
     dout: Ref,
     totals: Ref,
     strong: Ref,
-    strong_tiles: Ref,
-    some_strong: Ref,
+    weakest: Ref,
     states: Ref,
     leaving: Ref,
     nothing: Ref,
@@ -160,7 +158,7 @@ def _gradients(
     staged: Ref,
     weights_tile: Ref,
     triangles: Ref,
-    vector: Ref,
+    vectors: Ref,
     fetched: Ref,
     used: Ref,
     gates_fetched: Ref,
@@ -180,6 +178,7 @@ def _gradients(
     value_tiles = v.shape[-1] // TILE
     gates_tile, gates_pairs = gates_work
     state_tile, state_pairs = state_work
+    vector, numbers = (vectors.at[i] for i in range(2))
     key_halves = [pl.ds(key_tile * TILE + i * HALF, HALF) for i in range(COMPUTING)]
 
     @pl.when(warpgroup == PRODUCER)
@@ -240,7 +239,15 @@ def _gradients(
         tile.write(triangles.at[warpgroup], tile.ones_where(columns - rows + warpgroup <= 0))
         plgpu.barrier_arrive(weighed)
         plgpu.barrier_wait(weighed)
+        all_keys = pl.ds(key_tile * TILE, TILE)
         own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
+
+        def strong_halves(chunk: jax.Array) -> list[jax.Array]:
+            return [strong[batch, head, chunk, key_tile * COMPUTING + i] for i in range(COMPUTING)]
+
+        def is_strong(step: jax.Array) -> jax.Array:
+            first, second = strong_halves(walk.chunk(stretch, step))
+            return (first | second) != 0
 
         def step_body(step: jax.Array, _: tuple[()], *, some_strong: bool) -> tuple[()]:
             chunk = walk.chunk(stretch, step)
@@ -252,7 +259,6 @@ def _gradients(
             pair, late_pair, own_staged = gates_pairs.at[mine], state_pairs.at[mine], staged.at[mine]
             ahead = columns - rows + zero
             found = exact.at[batch, head, stretch, key_tile]
-            is_strong = [strong[batch, head, chunk, key_tile * COMPUTING + i] != 0 for i in range(COMPUTING)]
             own_strong = strong[batch, head, chunk, key_tile * COMPUTING + mine] != 0
 
             plgpu.barrier_wait(gates_fetched)
@@ -273,8 +279,9 @@ def _gradients(
 
             if some_strong:
                 plgpu.barrier_wait(fetched)
+                over = Passes.of(pair, numbers.at[tile.half(mine)], staging=stage)
                 if dvs:
-                    finding = partial(_find_scores, own_q, own_k, pair, own_staged, scale, stage)
+                    finding = partial(_find_scores, own_q, own_k, over, pair, own_staged, scale, stage)
                     pl.when(own_strong)(partial(finding, found.at[mine, 0]))
                 of_queries, of_keys = exponents()
             else:
@@ -292,8 +299,13 @@ def _gradients(
                 terms = [(k_tile.at[i + zero], q_tile.at[i + zero].transpose(_FLIPPED)) for i in range(COMPUTING)]
                 if some_strong:
                     scores = sum(
-                        lax.cond(is_strong[i], lambda _, i=i: tile.load_global(found.at[i, 0]), lambda x: x, scored)
-                        for i, scored in enumerate(product(_SQUARE, term) for term in terms)
+                        lax.cond(
+                            half_strong != 0,
+                            lambda _, i=i: tile.load_global(found.at[i, 0]),
+                            lambda x: x,
+                            product(_SQUARE, terms[i]),
+                        )
+                        for i, half_strong in enumerate(strong_halves(chunk))
                     )
                 else:
                     scores = product(_SQUARE, *terms)
@@ -386,10 +398,10 @@ def _gradients(
                     found[mine, i] = x
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 places = (x.at[batch, tokens, head, own_keys] for x in (q, k))
-                finding = partial(_find_gradients, *places, de, de_flipped, pair, own_staged, scale, stage)
+                finding = partial(_find_gradients, *places, de, de_flipped, over, pair, own_staged, scale, stage)
                 pl.when(own_strong)(partial(finding, found.at[mine]))
                 dq_state, dk_state = (tile.load_global(found.at[mine, i]) for i in range(_FOUND, _FOUND + _WAITING))
-                # The levels have done what is within the chunk.
+                # The passes have done what is within the chunk.
                 factored = 1.0 - own_strong.astype(jnp.float32)
                 de_left, de_flipped_left = ((tile.load(x) * factored).astype(jnp.bfloat16) for x in (de, de_flipped))
             dk_own, dq_own, dgate = products(
@@ -430,34 +442,35 @@ def _gradients(
 
         walk_runs(
             steps + nothing[0],
-            strong_tiles.at[batch, head, key_tile],
-            some_strong[batch, head, stretch, key_tile] != 0,
-            partial(walk.chunk, stretch),
+            is_strong,
+            tile.least(weakest.at[batch, head, stretch, all_keys], vector.at[tile.half(warpgroup)]) < FACTORED_LIMIT,
             step_body,
             tuple,
             lambda _: None,
+            lambda _: None,
+            tuple,
         )
         plgpu.wait_smem_to_gmem(0)
 
 
-def _find_scores(q: Ref, k: Ref, gates: Ref, work: Ref, scale: float, staging: Ref | None, found: Ref) -> None:
-    """Scores of a chunk with strong gates, tokens of keys first, level by level, into device memory."""
-    rows, columns = tile.indices()
-    level_q, level_k = work.at[0], work.at[1]
+def _find_scores(
+    q: Ref, k: Ref, over: Passes, gates: Ref, work: Ref, scale: float, staging: Ref | None, found: Ref
+) -> None:
+    """Scores of a chunk with strong gates, tokens of keys first, pass by pass, into device memory."""
+    pass_q, pass_k = work.at[0], work.at[1]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def add_level(level: jax.Array, scores: jax.Array) -> jax.Array:
-        reached = levels.reached(rows, columns, level)
-        decays = jnp.exp(tile.summed(tile.ones_where(reached), gates, staging=staging))
+    def add_pass(which: jax.Array, scores: jax.Array) -> jax.Array:
+        of_queries, of_keys = over.decays(which, gates, staging=staging)
         # No warp may still be reading what is about to be written.
         plgpu.commit_smem()
-        level_q[...] = (tile.load(q) * decays * scale).astype(jnp.bfloat16)
-        level_k[...] = (tile.load(k) * decays).astype(jnp.bfloat16)
+        pass_q[...] = (tile.load(q) * of_queries * scale).astype(jnp.bfloat16)
+        pass_k[...] = (tile.load(k) * of_keys).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        scored = tile.product(_SQUARE, (level_k, level_q.transpose(_FLIPPED)), staging=staging)
-        return scores + jnp.where(levels.parted(columns, rows, level), scored, 0.0)
+        scored = tile.product(_SQUARE, (pass_k, pass_q.transpose(_FLIPPED)), staging=staging)
+        return scores + jnp.where(over.parted(which, flipped=True), scored, 0.0)
 
-    found[...] = lax.fori_loop(0, levels.LEVELS, add_level, tile.zeros(*_SQUARE))
+    found[...] = lax.fori_loop(over.first, over.end, add_pass, tile.zeros(*_SQUARE))
 
 
 def _find_gradients(
@@ -465,15 +478,15 @@ def _find_gradients(
     k: Ref,
     de: Ref,
     de_flipped: Ref,
+    over: Passes,
     gates: Ref,
     work: Ref,
     scale: float,
     staging: Ref | None,
     found: Ref,
 ) -> None:
-    """Gradients within a chunk with strong gates, level by level, into device memory."""
-    rows, columns = tile.indices()
-    level_q, level_k = work.at[0], work.at[1]
+    """Gradients within a chunk with strong gates, pass by pass, into device memory."""
+    pass_q, pass_k = work.at[0], work.at[1]
 
     def add(index: int, x: jax.Array) -> None:
         """Adds to what waits in device memory."""
@@ -485,25 +498,24 @@ def _find_gradients(
     for index in range(1, _FOUND):
         found[index] = tile.zeros(*_SQUARE)
 
-    @pl.loop(0, levels.LEVELS)
-    def _level(level: jax.Array) -> None:
-        reached = levels.reached(rows, columns, level)
-        decays = jnp.exp(tile.summed(tile.ones_where(reached), gates, staging=staging))
+    @pl.loop(over.first, over.end)
+    def _pass(which: jax.Array) -> None:
+        of_queries, of_keys = over.decays(which, gates, staging=staging)
         # No warp may still be reading what is about to be written.
         plgpu.commit_smem()
-        level_q[...] = (tile.load_global(q).astype(jnp.float32) * decays * scale).astype(jnp.bfloat16)
-        level_k[...] = (tile.load_global(k).astype(jnp.float32) * decays).astype(jnp.bfloat16)
+        pass_q[...] = (tile.load_global(q).astype(jnp.float32) * of_queries * scale).astype(jnp.bfloat16)
+        pass_k[...] = (tile.load_global(k).astype(jnp.float32) * of_keys).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        dqs = tile.product(_SQUARE, (weigh(de, levels.parted(rows, columns, level)), level_k), staging=staging)
-        add(1, dqs * decays * scale)
-        moved = tile.load(level_q) * dqs
-        dks = tile.product(_SQUARE, (weigh(de_flipped, levels.parted(columns, rows, level)), level_q), staging=staging)
-        add(2, dks * decays)
-        moved += tile.load(level_k) * dks
+        dqs = tile.product(_SQUARE, (weigh(de, over.parted(which)), pass_k), staging=staging)
+        add(1, dqs * of_queries * scale)
+        moved = tile.load(pass_q) * dqs
+        dks = tile.product(_SQUARE, (weigh(de_flipped, over.parted(which, flipped=True)), pass_q), staging=staging)
+        add(2, dks * of_keys)
+        moved += tile.load(pass_k) * dks * over.sign(which)
         plgpu.commit_smem()
         tile.write_split(work, moved)
         plgpu.commit_smem()
-        weights = tile.ones_where(levels.reached(columns, rows, level))
+        weights = tile.ones_where(over.reached(which, flipped=True))
         add(3, tile.summed(weights, work, staging=staging))
 
     # The place is needed for what follows.

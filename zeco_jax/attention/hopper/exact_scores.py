@@ -1,4 +1,4 @@
-"""Kernel: the scores of chunks that decay too strongly for factors, for a decay per key channel."""
+"""Kernel: the scores of chunks that decay strongly, for a decay per key channel."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.halves import write_scores
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
@@ -19,6 +19,7 @@ from zeco_jax.attention.hopper.launch import (
     launch,
     stage_of,
 )
+from zeco_jax.attention.hopper.passes import Passes
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
@@ -34,7 +35,7 @@ def exact_scores(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    r"""The scores within those chunks that `decayed_scores` leaves out, by the levels of `levels.py`.
+    r"""The scores within those chunks that `decayed_scores` leaves out, by the passes of `passes.py`.
 
     .. math:: P_{ij} = \text{scale} (q_i \odot e^{b_i - b_j}) k_j^\top \quad (j \le i)
 
@@ -66,6 +67,7 @@ def exact_scores(
             "pairs": tile.bf16_tile(COMPUTING, 2, CHUNK, HALF),
             "parts": tile.fp32_tile(COMPUTING, CHUNK, CHUNK),
             "k_decayed": halves,
+            "numbers": plgpu.SMEM((TILE,), jnp.float32),
             "scores_tile": halves,
             "fetched": plgpu.Barrier(num_arrivals=3),
             "used": plgpu.Barrier(num_arrivals=COMPUTING),
@@ -99,6 +101,7 @@ def _score(
     pairs: Ref,
     parts: Ref,
     k_decayed: Ref,
+    numbers: Ref,
     scores_tile: Ref,
     fetched: Ref,
     used: Ref,
@@ -138,7 +141,6 @@ def _score(
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         stage = stage_of(staging, warpgroup)
-        rows, columns = tile.indices()
 
         def compute(step: jax.Array, chunk: jax.Array) -> None:
             mine = warpgroup + hidden_zero(step + nothing[0])
@@ -151,18 +153,19 @@ def _score(
                 q_own, k_own = q_tile.at[:, own], k_tile.at[:, own]
                 tile.write_split(pair, jnp.maximum(tile.load(gates_tile.at[:, own]), tile.WEAKEST_GATE))
 
-                def add_level(level: jax.Array, found: jax.Array) -> jax.Array:
+                over = Passes.of(pair, numbers.at[own], staging=stage)
+
+                def add_pass(which: jax.Array, found: jax.Array) -> jax.Array:
                     # No warp may still be reading what is about to be written.
                     plgpu.commit_smem()
-                    reached = levels.reached(rows, columns, level)
-                    decays = jnp.exp(tile.summed(tile.ones_where(reached), pair, staging=stage))
-                    own_keys[...] = (tile.load(k_own) * decays).astype(jnp.bfloat16)
+                    of_queries, of_keys = over.decays(which, pair, staging=stage)
+                    own_keys[...] = (tile.load(k_own) * of_keys).astype(jnp.bfloat16)
                     plgpu.commit_smem()
-                    queries = (tile.load(q_own) * decays * scale).astype(jnp.bfloat16)
+                    queries = (tile.load(q_own) * of_queries * scale).astype(jnp.bfloat16)
                     reaching = tile.product((CHUNK, CHUNK), (queries, own_keys.transpose((1, 0))), staging=stage)
-                    return found + jnp.where(levels.parted(rows, columns, level), reaching, 0.0)
+                    return found + jnp.where(over.parted(which), reaching, 0.0)
 
-                part = lax.fori_loop(0, levels.LEVELS, add_level, part)
+                part = lax.fori_loop(over.first, over.end, add_pass, part)
                 # Both have been read.
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(used)

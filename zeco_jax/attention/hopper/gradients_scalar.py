@@ -1,4 +1,4 @@
-"""Kernel: every gradient, for one decay per token and head."""
+"""Kernel: every gradient, for one decay per token and head and a state of one tile."""
 
 from functools import partial
 
@@ -11,7 +11,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.decays import Decays, sums_of, tokens_at, write_positions
 from zeco_jax.attention.hopper.fetching import fetch_chunks
-from zeco_jax.attention.hopper.launch import COMPUTING_REGISTERS, bfloat16, float32, launch, left_state, stage_of
+from zeco_jax.attention.hopper.launch import (
+    COMPUTING_REGISTERS,
+    bfloat16,
+    float32,
+    hidden_zero,
+    launch,
+    left_state,
+    stage_of,
+)
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
@@ -32,7 +40,7 @@ def gradients_scalar(
     scale: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    r"""The gradients of queries, keys and values, and what the gates' come from, one tile of the state at a time.
+    r"""The gradients of queries, keys and values, and what the gates' come from, with a state of one tile.
 
     With b the gates' sums since the chunk began, S the state that enters the chunk, D the cotangent of the state that
     leaves it, :math:`P_{ij} = \text{scale}\; e^{b_i - b_j} q_i \cdot k_j` and
@@ -50,39 +58,38 @@ def gradients_scalar(
         u_t = q_t \cdot dq'_t, \quad w_t = k_t \cdot dk'_t, \quad x_k = e^{b_C} \sum_v S_{kv} D_{kv}
 
     Args:
-        q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE.
-        k: [B, T, H, K] bfloat16.
-        v: [B, T, H, V] bfloat16, V a multiple of TILE.
+        q: [B, T, H, TILE] bfloat16, T a multiple of CHUNK.
+        k: [B, T, H, TILE] bfloat16.
+        v: [B, T, H, TILE] bfloat16.
         sums: [B or 1, H, T] float32, the gates' sums since each chunk began.
-        dout: [B, T, H, V] bfloat16.
-        states: [B, H, chunks, K, V] bfloat16, the state that enters each chunk.
-        leaving: [B, H, stretches, K, V] float32, the cotangent of the state that leaves each stretch.
+        dout: [B, T, H, TILE] bfloat16.
+        states: [B, H, chunks, TILE, TILE] bfloat16, the state that enters each chunk.
+        leaving: [B, H, stretches, TILE, TILE] float32, the cotangent of the state that leaves each stretch.
         walk: the stretches, in reverse.
         scale: factor on the outputs.
         interpret: simulate the kernel.
 
     Returns:
-        dq and dk [V / TILE, B, T, H, K] and dv [K / TILE, B, T, H, V] bfloat16, to be summed over their first axes;
-        z, u and w [K / TILE, V / TILE, COMPUTING, B, H, T] and x [..., B, H, chunks, TILE] float32 for `gate_gradient`;
-        and with one stretch the cotangent of the state that enters it, [B, H, K, V] float32.
+        dq, dk and dv [B, T, H, TILE] bfloat16; z, u and w [COMPUTING, B, H, T] and x [COMPUTING, B, H, chunks, HALF]
+        float32 for `gate_gradient`; and with one stretch the cotangent of the state that enters it,
+        [B, H, TILE, TILE] float32.
     """
-    batch, tokens, heads, width = q.shape
-    key_tiles, value_tiles = width // TILE, v.shape[-1] // TILE
+    batch, tokens, heads, _ = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     chunk_tile = tile.bf16_tile(_SLOTS, CHUNK, TILE)
-    parts = (key_tiles, value_tiles, COMPUTING, batch, heads)
+    parts = (COMPUTING, batch, heads)
     return launch(
         partial(_gradients, walk=walk, scale=scale),
         (q, k, v, sums, dout, states, leaving),
         (
-            bfloat16(value_tiles, batch, tokens, heads, width),
-            bfloat16(value_tiles, batch, tokens, heads, width),
-            bfloat16(key_tiles, batch, tokens, heads, v.shape[-1]),
+            bfloat16(*q.shape),
+            bfloat16(*k.shape),
+            bfloat16(*v.shape),
             float32(*parts, tokens),
             float32(*parts, tokens),
             float32(*parts, tokens),
-            float32(*parts, walk.chunks, TILE),
-            *left_state(walk, batch, heads, width, v.shape[-1]),
+            float32(*parts, walk.chunks, HALF),
+            *left_state(walk, batch, heads, TILE, TILE),
         ),
         {
             "q_tile": chunk_tile,
@@ -105,33 +112,33 @@ def gradients_scalar(
         },
         name="gradients_scalar",
         walk=walk,
-        state=(batch, heads, width, v.shape[-1]),
+        state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
 
 
 def gate_gradient(z: jax.Array, u: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:
-    r"""The gates' gradients, from what `gradients_scalar` returns.
+    r"""The gates' gradients, from what its kernels return in parts that are to be summed.
 
     .. math:: dg_t = z_t + \sum_{s \ge t} u_s + \sum_{s < t} w_s + \sum_k x_k
 
     over the tokens s of the chunk of t. Nothing is subtracted, so that strong decays leave their small gradients exact.
 
     Args:
-        z: [K / TILE, V / TILE, COMPUTING, B, H, T], what pairs of tokens of the chunk give.
-        u: [K / TILE, V / TILE, COMPUTING, B, H, T], queries and the state that enters.
-        w: [K / TILE, V / TILE, COMPUTING, B, H, T], keys and the cotangent of the state that leaves.
-        x: [K / TILE, V / TILE, COMPUTING, B, H, chunks, TILE], the two states.
+        z: [parts, B, H, T], what pairs of tokens of the chunk give.
+        u: [parts, B, H, T], queries and the state that enters.
+        w: [parts, B, H, T], keys and the cotangent of the state that leaves.
+        x: [parts, B, H, chunks, *], the two states.
 
     Returns:
-        [B, H, T] float32.
+        [B, T, H, 1] float32.
     """
-    by_chunk = (*z.shape[3:5], -1, CHUNK)
-    z, u, w = (jnp.sum(part, axis=(0, 1, 2)).reshape(by_chunk) for part in (z, u, w))
+    by_chunk = (*z.shape[1:3], -1, CHUNK)
+    z, u, w = (jnp.sum(part, axis=0).reshape(by_chunk) for part in (z, u, w))
     earlier = jnp.pad(w, ((0, 0), (0, 0), (0, 0), (1, 0)))[..., :-1]
-    through = jnp.sum(x, axis=(0, 1, 2, 6))[..., None]
+    through = jnp.sum(x, axis=(0, 4))[..., None]
     gradient = z + lax.cumsum(u, axis=3, reverse=True) + lax.cumsum(earlier, axis=3) + through
-    return gradient.reshape(*by_chunk[:2], -1)
+    return jnp.moveaxis(gradient.reshape(*by_chunk[:2], -1), 1, 2)[..., None]
 
 
 def _gradients(
@@ -171,24 +178,17 @@ def _gradients(
     staging: Ref | None,
 ) -> None:
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
-    key_tile, value_tile = lax.axis_index("key_tile"), lax.axis_index("value_tile")
     warpgroup = lax.axis_index("warpgroup")
-    of_keys, of_values = pl.ds(key_tile * TILE, TILE), pl.ds(value_tile * TILE, TILE)
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
         def fetch(chunk: jax.Array, tokens: pl.Slice, slot: jax.Array) -> None:
             full = fetched.at[slot]
             plgpu.copy_gmem_to_smem(sums_of(sums, batch, head, tokens), sums_tile.at[slot], full)
-            for source, target, channels in (
-                (dout, dout_tile, of_values),
-                (q, q_tile, of_keys),
-                (v, v_tile, of_values),
-                (k, k_tile, of_keys),
-            ):
-                plgpu.copy_gmem_to_smem(source.at[batch, tokens, head, channels], target.at[slot], full)
+            for source, target in ((dout, dout_tile), (q, q_tile), (v, v_tile), (k, k_tile)):
+                plgpu.copy_gmem_to_smem(source.at[batch, tokens, head], target.at[slot], full)
             plgpu.barrier_wait(state_used)
-            plgpu.copy_gmem_to_smem(states.at[batch, head, chunk, of_keys, of_values], state_tile, state_fetched)
+            plgpu.copy_gmem_to_smem(states.at[batch, head, chunk], state_tile, state_fetched)
 
         fetch_chunks(walk, stretch, fetch, used=used, slots=_SLOTS)
         plgpu.barrier_wait(state_used)
@@ -197,29 +197,26 @@ def _gradients(
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         stage = stage_of(staging, warpgroup)
-        product, products = partial(tile.product, staging=stage), partial(tile.products, staging=stage)
-        own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
-        own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
-        square = (CHUNK, CHUNK)
+        zeros, added = partial(tile.zeros, CHUNK, CHUNK), partial(tile.added_products, staging=stage)
+        own_channels = tile.half(warpgroup)
         sides = [pl.ds(index * HALF, HALF) for index in range(COMPUTING)]
+
+        def products(*jobs: list[tile.Factors]) -> tuple[jax.Array, ...]:
+            return tile.products(*(((CHUNK, CHUNK), terms) for terms in jobs), staging=stage)
 
         positions = sums_tile.at[_SLOTS]
         # Both warpgroups write the same.
         write_positions(positions)
 
-        def rounded(weights: jax.Array) -> tuple[jax.Array, ...]:
-            # Gradients that are to be summed are rounded once more: exact weights make up for it.
-            return (weights.astype(jnp.bfloat16),) if v.shape[-1] == TILE else tile.split(weights)
-
         # The first state finds its place free.
         plgpu.barrier_arrive(state_used)
 
         def step_body(step: jax.Array, later: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            zero = nothing[0]
+            zero = hidden_zero(step)
             mine = warpgroup + zero
             own = tile.half(mine)
             first, second, own_leaving = (ref.at[mine] for ref in (first_work, second_work, leaving_tile))
-            part = (key_tile, value_tile, mine, batch, head)
+            part = (mine, batch, head)
             slot = lax.rem(step, _SLOTS)
             chunk = walk.chunk(stretch, step)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
@@ -234,67 +231,70 @@ def _gradients(
             plgpu.barrier_arrive(leaving_written)
             plgpu.barrier_wait(state_fetched)
             whole = decays.whole()
-            for side, rest in zip(sides, later, strict=True):
-                x[*part, chunk, side] = jnp.sum(tile.load(state_tile.at[side, own]) * rest, axis=1) * whole
-
-            dq_own = product(square, (douts, state_tile.at[own].transpose(_FLIPPED))) * before
+            # The diagonal of a product is cheaper than products of numbers, which would have to be read first.
+            crossing, dq_own, weights = products(
+                [(state_tile.at[side, own], own_leaving.at[side].transpose(_FLIPPED)) for side in sides],
+                [(douts, state_tile.at[own].transpose(_FLIPPED))],
+                [(douts, values.transpose(_FLIPPED))],
+            )
             plgpu.barrier_arrive(state_used)
+            row, column = tokens_at(positions)
+            x[*part, chunk] = jnp.sum(jnp.where(row == column, crossing, 0.0), axis=1) * whole
+            dq_own *= before
             u[*part, tokens] = jnp.sum(tile.load(queries.at[:, own]) * dq_own, axis=1)
-            weights = product(square, (douts, values.transpose(_FLIPPED))) * (decays.between() * scale)
-            dq_own += product(square, *((part, keys.at[:, own]) for part in rounded(weights)))
+            weights = (weights * (decays.between() * scale)).astype(jnp.bfloat16)
+            dq_own, scores, weights = added(
+                (dq_own, [(weights, keys.at[:, own])]),
+                (zeros(), [(keys, queries.transpose(_FLIPPED))]),
+                (zeros(), [(values, douts.transpose(_FLIPPED))]),
+            )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile.write(first, dq_own.astype(jnp.bfloat16))
-            plgpu.copy_smem_to_gmem(first, dq.at[value_tile, batch, tokens, head, own_keys])
+            plgpu.copy_smem_to_gmem(first, dq.at[batch, tokens, head, own_channels])
 
-            scores, weights = products(
-                (square, [(keys, queries.transpose(_FLIPPED))]), (square, [(values, douts.transpose(_FLIPPED))])
-            )
             between = decays.between(transposed=True) * scale
             scores *= between
             moved = scores * weights
-            scores, weights = tile.split(scores), rounded(weights * between)
+            scores, weights = tile.split(scores), (weights * between).astype(jnp.bfloat16)
             # A warpgroup sums one of the two parts.
             for index in range(COMPUTING):
                 pl.when(warpgroup == index)(lambda index=index: tile.write(second, tile.split(moved)[index]))
             row, column = tokens_at(positions)
-            crossing = product(square, (tile.ones_where(column < row), second))
+            crossing, dv_own = products([(tile.ones_where(column < row), second)], [(keys, own_leaving)])
             row, column = tokens_at(positions)
             z[*part, tokens] = jnp.sum(jnp.where(column >= row, crossing, 0.0), axis=1)
 
             after = tile.along_rows(decays.after(), HALF)
-            dv_own = product(square, (keys, own_leaving)) * after
-            dv_own += product(square, *((part, douts.at[:, own]) for part in scores))
-            tile.write(second, dv_own.astype(jnp.bfloat16))
-            plgpu.copy_smem_to_gmem(second, dv.at[key_tile, batch, tokens, head, own_values])
-
             plgpu.barrier_wait(leaving_written)
-            terms = (
-                (values.at[:, side], leaving_tile.at[index, own].transpose(_FLIPPED))
-                for index, side in enumerate(sides)
+            # Pallas's `run_state` takes no constants as indices.
+            leaving_of_sides = [leaving_tile.at[index + zero, own].transpose(_FLIPPED) for index in range(COMPUTING)]
+            dv_own, dk_own = added(
+                (dv_own * after, [(term, douts.at[:, own]) for term in scores]),
+                (zeros(), [(values.at[:, side], term) for side, term in zip(sides, leaving_of_sides, strict=True)]),
             )
-            dk_own = product(square, *terms) * after
             plgpu.barrier_arrive(leaving_read)
+            tile.write(second, dv_own.astype(jnp.bfloat16))
+            plgpu.copy_smem_to_gmem(second, dv.at[batch, tokens, head, own_channels])
+
+            dk_own *= after
             w[*part, tokens] = jnp.sum(tile.load(keys.at[:, own]) * dk_own, axis=1)
-            dk_own += product(square, *((part, queries.at[:, own]) for part in weights))
-            dk_own = dk_own.astype(jnp.bfloat16)
             # The gradient of the queries has left the first work.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             tile.write(first, (tile.load(douts.at[:, own]) * before).astype(jnp.bfloat16))
-            # Last: sooner, the compiler would put off the sums and keep both their terms.
-            later = tuple(
-                rest * whole + product(square, (queries.at[:, side].transpose(_FLIPPED), first))
+            jobs = (
+                (rest * whole, [(queries.at[:, side].transpose(_FLIPPED), first)])
                 for side, rest in zip(sides, later, strict=True)
             )
+            dk_own, *later = added((dk_own, [(weights, queries.at[:, own])]), *jobs)
             plgpu.barrier_arrive(used.at[slot])
-            tile.write(first, dk_own)
-            plgpu.copy_smem_to_gmem(first, dk.at[value_tile, batch, tokens, head, own_keys])
-            return later
+            tile.write(first, dk_own.astype(jnp.bfloat16))
+            plgpu.copy_smem_to_gmem(first, dk.at[batch, tokens, head, own_channels])
+            return tuple(later)
 
-        places = [pl.ds(key_tile * TILE + index * HALF, HALF) for index in range(COMPUTING)]
-        later = tuple(tile.load_global(leaving.at[batch, head, stretch, place, own_values]) for place in places)
-        later = lax.fori_loop(0, walk.steps(stretch), step_body, later)
+        later = tuple(tile.load_global(leaving.at[batch, head, stretch, side, own_channels]) for side in sides)
+        later = lax.fori_loop(0, walk.steps(stretch) + nothing[0], step_body, later)
         for target in left:
-            for place, rest in zip(places, later, strict=True):
-                target[batch, head, place, own_values] = rest
+            for side, rest in zip(sides, later, strict=True):
+                target[batch, head, side, own_channels] = rest
         plgpu.barrier_wait(leaving_read)
         plgpu.wait_smem_to_gmem(0)

@@ -3,10 +3,11 @@
 Tokens i > j of a chunk part at one level: j is in the left half of a block, i in its right half. At that level the
 decay between them is the product of two factors that are at most 1, from j to the end of its half and from there to i.
 So no exponent is positive, and none is a difference of two sums. The tokens themselves are a level of their own.
+
+Everything is said of tokens, not of pairs: there are 64 of the ones, 4096 of the others.
 """
 
 import jax
-import jax.numpy as jnp
 
 from zeco_jax.attention.hopper import tile
 
@@ -15,18 +16,33 @@ LEVELS = tile.CHUNK.bit_length()
 _DIAGONAL = LEVELS - 1
 
 
-def parted(rows: jax.Array, columns: jax.Array, level: jax.Array) -> jax.Array:
-    """Whether tokens i (row) and j (column) part at a level."""
-    right, left = rows >> level, columns >> level
-    # Zero where the halves are neighbours, the left one even.
-    apart = ((right ^ left) - 1) | (left & 1)
-    diagonal = (level == _DIAGONAL).astype(jnp.int32)
-    return diagonal * (rows - columns) + (1 - diagonal) * apart == 0
+def _pick(condition: jax.Array, x: jax.Array, y: jax.Array | int) -> jax.Array:
+    """`x` where a number is 1, `y` where it is 0."""
+    return condition * x + (1 - condition) * y
 
 
-def reached(rows: jax.Array, columns: jax.Array, level: jax.Array) -> jax.Array:
-    """Whether the gate of a token (column) counts for another (row): between it and the middle of its block."""
-    right, left = rows >> level, columns >> level
-    after = jnp.where((right & 1) == 1, rows - columns, columns - rows - 1)
-    # Negative numbers have their sign bit set: zero only within the half, on the side of its middle, off the diagonal.
-    return ((right ^ left) | (after >> 31) | (level == _DIAGONAL).astype(jnp.int32)) == 0
+def _is_diagonal(level: jax.Array) -> jax.Array:
+    return (level == _DIAGONAL).astype("int32")
+
+
+def later(token: jax.Array, level: jax.Array) -> jax.Array:
+    """What a token must have in common with the earlier one of a pair, see `earlier`."""
+    half = token >> level
+    return _pick(_is_diagonal(level), token, _pick(half & 1, half, -1))
+
+
+def earlier(token: jax.Array, level: jax.Array) -> jax.Array:
+    """A number for tokens: they part at a level from those after them whose `later` is the same."""
+    return _pick(_is_diagonal(level), token, (token >> level) + 1)
+
+
+def half(token: jax.Array, level: jax.Array) -> jax.Array:
+    """The half that a token is in; the gates between it and the middle of its block are in the same."""
+    return token >> level
+
+
+def reach(token: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which gates count for a token: its half, and 0 for those up to it or -1 for those after it."""
+    half = token >> level
+    # On the diagonal none.
+    return _pick(_is_diagonal(level), -1, half), (half & 1) - 1

@@ -8,18 +8,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from zeco_jax.attention.hopper import levels, tile
+from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
     bfloat16,
+    float32,
     hidden_zero,
     launch,
     left_state,
     stage_of,
 )
+from zeco_jax.attention.hopper.passes import Passes
 from zeco_jax.attention.hopper.runs import walk_runs
-from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
 _SLOTS = 2
@@ -32,8 +34,7 @@ def replay_channel(
     gates: jax.Array,
     totals: jax.Array,
     strong: jax.Array,
-    strong_tiles: jax.Array,
-    some_strong: jax.Array,
+    weakest: jax.Array,
     entering: jax.Array,
     *,
     walk: Walk,
@@ -54,8 +55,7 @@ def replay_channel(
         gates: [B, T, H, TILE] float32.
         totals: [B, H, chunks, TILE] float32, the gates' sums over each chunk.
         strong: [B, H, chunks, 2] int32, which halves of the channels are too strong for exponents of both signs.
-        strong_tiles: [B, H, 1, chunks] int32, where one of the halves is.
-        some_strong: [B, H, stretches, 1] int32, where a stretch has any.
+        weakest: [B, H, stretches, TILE] float32, the least of the sums in each stretch.
         entering: [B, H, stretches, TILE, TILE] float32, the state that enters each stretch.
         walk: the stretches, forward.
         scale: factor on the outputs.
@@ -68,10 +68,15 @@ def replay_channel(
     """
     batch, _, heads, _ = q.shape
     states = (bfloat16(batch, heads, walk.chunks, TILE, TILE),) if keep_states else ()
-    return launch(
+    out, _, *others = launch(
         partial(_replay, walk=walk, scale=scale),
-        (q, k, v, gates, totals, strong, strong_tiles, some_strong, entering),
-        (bfloat16(*v.shape), *left_state(walk, batch, heads, TILE, TILE), *states),
+        (q, k, v, gates, totals, strong, weakest, entering),
+        (
+            bfloat16(*v.shape),
+            float32(batch, heads, walk.stretches, TILE, TILE),
+            *left_state(walk, batch, heads, TILE, TILE),
+            *states,
+        ),
         {
             "q_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
             "k_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
@@ -80,6 +85,7 @@ def replay_channel(
             "totals_tile": plgpu.SMEM((_SLOTS, TILE), jnp.float32),
             # Scores take the place of the gates, once these are summed.
             "work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, 2, CHUNK, HALF), tile.fp32_tile(COMPUTING, CHUNK, CHUNK)),
+            # Decays of the state; before, what `Passes` keeps.
             "factors": plgpu.SMEM((2, TILE), jnp.float32),
             "state_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
             "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
@@ -95,6 +101,7 @@ def replay_channel(
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
+    return out, *others
 
 
 def _replay(
@@ -104,11 +111,11 @@ def _replay(
     gates: Ref,
     totals: Ref,
     strong: Ref,
-    strong_tiles: Ref,
-    some_strong: Ref,
+    weakest: Ref,
     entering: Ref,
     nothing: Ref,
     out: Ref,
+    parked: Ref,
     *others: Ref,
     walk: Walk,
     scale: float,
@@ -167,6 +174,10 @@ def _replay(
         rows, columns = tile.indices()
         own_values = tile.half(warpgroup)
 
+        def is_strong(step: jax.Array) -> jax.Array:
+            halves = strong.at[batch, head, walk.chunk(stretch, step)]
+            return (halves[0] | halves[1]) != 0
+
         def step_body(step: jax.Array, state: jax.Array, *, some_strong: bool) -> jax.Array:
             slot = lax.rem(step, _SLOTS)
             chunk = walk.chunk(stretch, step)
@@ -199,19 +210,20 @@ def _replay(
                 own_scores[...] = jnp.where(columns - rows + zero <= 0, part, 0.0)
 
             def exact() -> None:
-                def level_body(level: jax.Array, part: jax.Array) -> jax.Array:
+                over = Passes.of(pair, factors.at[0, own], staging=stage)
+
+                def pass_body(which: jax.Array, part: jax.Array) -> jax.Array:
                     # No warp may still be reading what is about to be written.
                     plgpu.commit_smem()
-                    reached = levels.reached(rows, columns, level)
-                    decays = jnp.exp(tile.summed(tile.ones_where(reached), pair, staging=stage))
-                    own_out[...] = (tile.load(k_own) * decays).astype(jnp.bfloat16)
+                    of_queries, of_keys = over.decays(which, pair, staging=stage)
+                    own_out[...] = (tile.load(k_own) * of_keys).astype(jnp.bfloat16)
                     plgpu.commit_smem()
-                    terms = ((tile.load(q_own) * decays * scale).astype(jnp.bfloat16), own_out.transpose((1, 0)))
+                    terms = ((tile.load(q_own) * of_queries * scale).astype(jnp.bfloat16), own_out.transpose((1, 0)))
                     scored = tile.product((CHUNK, CHUNK), terms, staging=stage)
-                    return part + jnp.where(levels.parted(rows, columns, level), scored, 0.0)
+                    return part + jnp.where(over.parted(which), scored, 0.0)
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                part = lax.fori_loop(0, levels.LEVELS, level_body, tile.zeros(CHUNK, CHUNK))
+                part = lax.fori_loop(over.first, over.end, pass_body, tile.zeros(CHUNK, CHUNK))
                 later = tile.summed(tile.ones_where(columns - rows + zero > 0), pair, staging=stage)
                 plgpu.commit_smem()
                 own_scores[...] = part
@@ -221,9 +233,9 @@ def _replay(
                 factors[1, own] = tile.ones(HALF)
 
             if some_strong:
-                is_strong = strong[batch, head, chunk, warpgroup] != 0
-                pl.when(is_strong)(exact)
-                pl.when(jnp.logical_not(is_strong))(factored)
+                own_strong = strong[batch, head, chunk, warpgroup] != 0
+                pl.when(own_strong)(exact)
+                pl.when(jnp.logical_not(own_strong))(factored)
             else:
                 factored()
             own_state = state_tile.at[mine]
@@ -253,18 +265,24 @@ def _replay(
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
             return state
 
+        own_parked = parked.at[batch, head, stretch, :, own_values]
+
+        def park(state: jax.Array) -> None:
+            own_parked[...] = state
+
         def last(state: jax.Array) -> None:
             for target in left:
                 target[batch, head, :, own_values] = state
 
         walk_runs(
             steps + nothing[0],
-            strong_tiles.at[batch, head, 0],
-            some_strong[batch, head, stretch, 0] != 0,
-            partial(walk.chunk, stretch),
+            is_strong,
+            tile.least(weakest.at[batch, head, stretch], factors.at[0, own_values]) < FACTORED_LIMIT,
             step_body,
             lambda: tile.load_global(entering.at[batch, head, stretch, :, own_values]),
             last,
+            park,
+            lambda: tile.load_global(own_parked),
         )
         plgpu.barrier_wait(scores_read)
         plgpu.wait_smem_to_gmem(0)

@@ -1,4 +1,4 @@
-"""Kernel: outputs, for one decay per token and head."""
+"""Kernel: outputs, or in reverse the gradients of the values, for one decay per token and head."""
 
 from functools import partial
 
@@ -21,39 +21,52 @@ _SLOTS = 2
 def replay_scalar(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    values: jax.Array,
     sums: jax.Array,
     entering: jax.Array,
     *,
     walk: Walk,
     scale: float,
+    keep_states: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     r"""The outputs of every token; a block of threads holds the states of all key channels for a tile of the values.
 
-    .. math:: o_i = \text{scale} \Big(e^{b_i} q_i S + \sum_{j \le i} e^{b_i - b_j} (q_i k_j^\top) v_j\Big)
+    .. math::
+        o_i = \text{scale} \Big(e^{b_i} q_i S + \sum_{j \le i} e^{b_i - b_j} (q_i k_j^\top) v_j\Big), \qquad
+        S \leftarrow e^{b_C} S + \sum_j e^{b_C - b_j} k_j v_j^\top
 
-    with :math:`b` the gates' sums since the chunk began and S the state that enters the chunk.
+    with :math:`b` the gates' sums since the chunk began and S the state that enters the chunk. In reverse the gradients
+    of the values from the cotangents of the outputs, with D the cotangent of the state that leaves the chunk:
+
+    .. math::
+        dv_j = e^{b_C - b_j} k_j D + \text{scale} \sum_{i \ge j} e^{b_i - b_j} (k_j q_i^\top) do_i, \qquad
+        D \leftarrow e^{b_C} D + \text{scale} \sum_i e^{b_i} q_i do_i^\top
 
     Args:
         q: [B, T, H, K] bfloat16, T a multiple of CHUNK, K of TILE, at most two of them.
         k: [B, T, H, K] bfloat16.
-        v: [B, T, H, V] bfloat16, V a multiple of TILE.
+        values: [B, T, H, V] bfloat16, V a multiple of TILE; in reverse the outputs' cotangents.
         sums: [B or 1, H, T] float32, the gates' sums since each chunk began.
-        entering: [B, H, stretches, K, V] float32, the state that enters each stretch.
-        walk: the stretches, forward.
+        entering: [B, H, stretches, K, V] float32, the state that enters each stretch; in reverse the cotangent of the
+            one that leaves it.
+        walk: the stretches.
         scale: factor on the outputs.
+        keep_states: return the chunks' states, too.
         interpret: simulate the kernel.
 
     Returns:
-        [B, T, H, V] bfloat16; with one stretch also the state that leaves it, [B, H, K, V] float32.
+        [B, T, H, V] bfloat16; with one stretch the state that leaves it, [B, H, K, V] float32; and if asked for the
+        state that enters each chunk, in reverse the cotangent of the one that leaves it, [B, H, chunks, K, V] bfloat16.
     """
-    batch, _, heads, width = v.shape
+    batch, _, heads, width = values.shape
     key_width = q.shape[-1]
+    queries, keys = (k, q) if walk.reverse else (q, k)
+    states = (bfloat16(batch, heads, walk.chunks, key_width, width),) if keep_states else ()
     return launch(
         partial(_replay, walk=walk, scale=scale),
-        (q, k, v, sums, entering),
-        (bfloat16(*v.shape), *left_state(walk, batch, heads, key_width, width)),
+        (queries, keys, values, sums, entering),
+        (bfloat16(*values.shape), *left_state(walk, batch, heads, key_width, width), *states),
         {
             "q_tile": tile.bf16_tile(_SLOTS, CHUNK, key_width),
             "k_tile": tile.bf16_tile(_SLOTS, CHUNK, key_width),
@@ -67,7 +80,7 @@ def replay_scalar(
             "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
         },
-        name="replay_scalar",
+        name="replay_scalar_reverse" if walk.reverse else "replay_scalar",
         walk=walk,
         state=(batch, heads, TILE, width),
         interpret=interpret,
@@ -75,14 +88,14 @@ def replay_scalar(
 
 
 def _replay(
-    q: Ref,
-    k: Ref,
-    v: Ref,
+    queries: Ref,
+    keys: Ref,
+    values: Ref,
     sums: Ref,
     entering: Ref,
     nothing: Ref,
     out: Ref,
-    *left: Ref,
+    *others: Ref,
     walk: Walk,
     scale: float,
     q_tile: Ref,
@@ -98,16 +111,17 @@ def _replay(
 ) -> None:
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     value_tile, warpgroup = lax.axis_index("value_tile"), lax.axis_index("warpgroup")
-    all_keys = [pl.ds(first, TILE) for first in range(0, q.shape[-1], TILE)]
+    left, kept = others[: walk.is_whole], others[walk.is_whole :]
+    all_keys = [pl.ds(first, TILE) for first in range(0, queries.shape[-1], TILE)]
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
         def fetch(chunk: jax.Array, tokens: pl.Slice, slot: jax.Array) -> None:
             del chunk
             full, of_values = fetched.at[slot], pl.ds(value_tile * TILE, TILE)
-            plgpu.copy_gmem_to_smem(q.at[batch, tokens, head], q_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(k.at[batch, tokens, head], k_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(v.at[batch, tokens, head, of_values], v_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(queries.at[batch, tokens, head], q_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(keys.at[batch, tokens, head], k_tile.at[slot], full)
+            plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], v_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(sums_of(sums, batch, head, tokens), sums_tile.at[slot], full)
 
         fetch_chunks(walk, stretch, fetch, used=used, slots=_SLOTS)
@@ -123,34 +137,43 @@ def _replay(
 
         def step_body(step: jax.Array, states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slot = lax.rem(step, _SLOTS)
+            chunk = walk.chunk(stretch, step)
             mine = warpgroup + hidden_zero(step)
             own_decayed, own_state, own_out = (x.at[mine] for x in (decayed_tile, state_tile, out_tile))
-            values, decays = v_tile.at[slot, :, tile.half(mine)], Decays(sums_tile.at[slot], positions)
+            v_own, decays = v_tile.at[slot, :, tile.half(mine)], Decays(sums_tile.at[slot], positions)
+
+            def decay(*, to_end: bool) -> jax.Array:
+                return tile.along_rows(decays.after() if to_end else decays.before() * scale, HALF)
+
             scored, result, next_states = tile.zeros(CHUNK, CHUNK), tile.zeros(CHUNK, HALF), []
             for of_keys, state in zip(all_keys, states, strict=True):
+                if kept:
+                    # The state before; behind the last one of a chunk went the outputs, which may be under way.
+                    plgpu.wait_smem_to_gmem(0 if next_states else 1, wait_read_only=True)
                 own_state[...] = state.astype(jnp.bfloat16)
                 if not next_states:
                     plgpu.barrier_wait(fetched.at[slot])
-                    after = tile.along_rows(decays.after(), HALF)
-                    own_decayed[...] = (tile.load(values) * after).astype(jnp.bfloat16)
+                    own_decayed[...] = (tile.load(v_own) * decay(to_end=not walk.reverse)).astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                queries, keys = (x.at[slot, :, of_keys] for x in (q_tile, k_tile))
-                keys = keys.transpose((1, 0))
+                for target in kept:
+                    plgpu.copy_smem_to_gmem(own_state, target.at[batch, head, chunk, of_keys, own_values])
+                q_part, k_part = (x.at[slot, :, of_keys] for x in (q_tile, k_tile))
+                k_part = k_part.transpose((1, 0))
                 scored, result, state = tile.added_products(
-                    (scored, [(queries, keys)]),
-                    (result, [(queries, own_state)]),
-                    (state * decays.whole(), [(keys, own_decayed)]),
+                    (scored, [(q_part, k_part)]),
+                    (result, [(q_part, own_state)]),
+                    (state * decays.whole(), [(k_part, own_decayed)]),
                     staging=stage,
                 )
                 next_states.append(state)
-            result *= tile.along_rows(decays.before() * scale, HALF)
-            terms = [(part, values) for part in tile.split(scored * (decays.between() * scale))]
-            (result,) = tile.added_products((result, terms), staging=stage)
+            result *= decay(to_end=walk.reverse)
+            scored *= decays.between(transposed=walk.reverse) * scale
+            (result,) = tile.added_products((result, [(part, v_own) for part in tile.split(scored)]), staging=stage)
             plgpu.barrier_arrive(used.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             own_out[...] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            tokens = pl.ds(walk.chunk(stretch, step) * CHUNK, CHUNK)
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
             return tuple(next_states)
 

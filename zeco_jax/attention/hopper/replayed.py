@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import jax
 
+from zeco_jax.attention.hopper.walk import Walk
+
 
 class Replayed(NamedTuple):
     """What a replay returns.
@@ -18,6 +20,12 @@ class Replayed(NamedTuple):
     out: jax.Array
     left: jax.Array | None = None
     states: jax.Array | None = None
+
+    @classmethod
+    def of(cls, outputs: Sequence[jax.Array], walk: Walk) -> "Replayed":
+        """From what a kernel returns that may keep the chunks' states."""
+        out, *others = outputs
+        return cls(out, only(others[: walk.is_whole]), only(others[walk.is_whole :]))
 
 
 def only(outputs: Sequence[jax.Array]) -> jax.Array | None:

@@ -1,4 +1,4 @@
-"""Scalar decays, per token and head or per head: the four kernels with what XLA does around them."""
+"""Scalar decays, per token and head or per head, and states of one tile: the kernels with what XLA does around them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from zeco_jax.attention.hopper.gradients_scalar import gate_gradient, gradients_
 from zeco_jax.attention.hopper.replay_scalar import replay_scalar
 from zeco_jax.attention.hopper.replayed import Replayed, only
 from zeco_jax.attention.hopper.states_scalar import chunk_states_scalar, stretch_states_scalar
-from zeco_jax.attention.hopper.tile import CHUNK, WEAKEST_GATE, summed_tiles
+from zeco_jax.attention.hopper.tile import CHUNK, WEAKEST_GATE
 from zeco_jax.attention.hopper.walk import Walk
 
 
@@ -64,9 +64,10 @@ class ScalarDecays(NamedTuple):
         intra: None = None,
         keep_states: bool = False,
     ) -> Replayed:
-        """The outputs, and with one stretch the state that leaves it; chunks' states are computed again."""
-        del totals, intra, keep_states
-        return Replayed(*replay_scalar(q, k, v, self.sums, entering, walk=walk, scale=scale, interpret=self.interpret))
+        """The outputs, the chunks' states where they are to be kept, and with one stretch the state that leaves it."""
+        del totals, intra
+        options = {"walk": walk, "scale": scale, "keep_states": keep_states, "interpret": self.interpret}
+        return Replayed.of(replay_scalar(q, k, v, self.sums, entering, **options), walk)
 
     def gradients(
         self,
@@ -85,5 +86,4 @@ class ScalarDecays(NamedTuple):
         dq, dk, dv, z, u, w, x, *left = gradients_scalar(
             q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret
         )
-        dgates = jnp.moveaxis(gate_gradient(z, u, w, x), 1, 2)[..., None]
-        return (summed_tiles(dq), summed_tiles(dk), summed_tiles(dv), dgates), only(left)
+        return (dq, dk, dv, gate_gradient(z, u, w, x)), only(left)

@@ -58,6 +58,21 @@ def load_global(ref: Ref, layout: plgpu.Layout = WGMMA) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False) * 1.0
 
 
+def least(vector: Ref, place: Ref) -> jax.Array:
+    """The least number of a vector of at least 8, in shared or device memory.
+
+    Args:
+        vector: float32.
+        place: shared memory [HALF] float32 that this warpgroup may write to.
+    """
+    # Laid out as columns: a reduction along them stays within a warp.
+    found = jnp.min(load_global(vector, layout=COLUMN))
+    # Read from memory it is known to be the same in all threads, and what depends on it to be no divergence.
+    plgpu.commit_smem()
+    write(place, ones(HALF) * found)
+    return place[0]
+
+
 def zeros(*shape: int) -> jax.Array:
     """A matrix of zeros, laid out as wgmma lays out its results."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
@@ -165,8 +180,3 @@ def write_split(pair: Ref, x: jax.Array) -> None:
 def summed(weights: jax.Array | Ref, pair: Ref, *, staging: Ref | None) -> jax.Array:
     """Sums over tokens with weights 0 and 1 of what `write_split` wrote, to nearly float32's precision."""
     return product((CHUNK, HALF), (weights, pair.at[0]), (weights, pair.at[1]), staging=staging)
-
-
-def summed_tiles(parts: jax.Array) -> jax.Array:
-    """The sum over the first axis, in bfloat16, of what blocks of threads with other tiles of the state found."""
-    return parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0, dtype=jnp.float32).astype(jnp.bfloat16)

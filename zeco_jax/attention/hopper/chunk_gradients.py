@@ -235,7 +235,7 @@ def _gradients(
         stage = stage_of(staging, warpgroup)
         product, products = partial(tile.product, staging=stage), partial(tile.products, staging=stage)
         rows, columns = tile.indices()
-        # Kept in shared memory: in registers the compiler would keep them through the loop.
+        # Kept in shared memory, as are masks: in registers the compiler would keep them through the loop.
         tile.write(triangles.at[warpgroup], tile.ones_where(columns - rows + warpgroup <= 0))
         plgpu.barrier_arrive(weighed)
         plgpu.barrier_wait(weighed)
@@ -257,7 +257,6 @@ def _gradients(
             own_q, own_k = q_tile.at[mine], k_tile.at[mine]
             lower, below = triangles.at[zero], triangles.at[1 + zero]
             pair, late_pair, own_staged = gates_pairs.at[mine], state_pairs.at[mine], staged.at[mine]
-            ahead = columns - rows + zero
             found = exact.at[batch, head, stretch, key_tile]
             own_strong = strong[batch, head, chunk, key_tile * COMPUTING + mine] != 0
 
@@ -309,78 +308,72 @@ def _gradients(
                     )
                 else:
                     scores = product(_SQUARE, *terms)
-                return tile.split(tile.where_not_positive(-ahead, scores))
+                return tile.split(scores * (1.0 - tile.load(below)))
 
             scores = score() if dvs else ()
-            # Many tiles of the values leave no registers for the exponents.
-            stashed = own_staged.at[1], weights_tile.at[mine]
-            if value_tiles > 1:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for target, part in zip(stashed, tile.split(of_queries), strict=True):
-                    target[...] = part
 
             def write_weights(weights: jax.Array) -> None:
-                weights = tile.where_not_positive(ahead * (1 - 2 * mine), weights)
-                weights_tile.at[mine][...] = weights.astype(jnp.bfloat16)
+                side = mine.astype(jnp.float32)
+                # Up to and including the diagonal; flipped, from it on.
+                counts = side + (1.0 - 2.0 * side) * tile.load(triangles.at[mine])
+                weights_tile.at[mine][...] = (weights * counts).astype(jnp.bfloat16)
 
-            def pass_values(value_tile: int | jax.Array, passed: tuple[jax.Array, ...] | None) -> tuple[jax.Array, ...]:
-                """Adds a tile of the values to the weights, the gradients of queries and keys, and what crosses."""
+            def diagonal(x: jax.Array) -> jax.Array:
+                return jnp.sum(x * (tile.load(lower) - tile.load(below)), axis=1)
 
-                def add(which: slice, *jobs: tile.Factors) -> tuple[jax.Array, ...]:
-                    if passed is None:
-                        return products(*((_SQUARE, [job]) for job in jobs))
-                    # Not at once: the registers hold no more.
-                    return tuple(x + product(_SQUARE, job) for x, job in zip(passed[which], jobs, strict=True))
-
-                zero = hidden_zero(step + value_tile)
+            def factors(zero: jax.Array) -> tuple[tile.Factors, ...]:
+                """Of the weights, the gradients of queries and keys, and what crosses, from a tile of the values."""
                 mine = warpgroup + zero
-                own = tile.half(mine)
-                dout_tile, v_tile = values_tile.at[zero], values_tile.at[1 + zero]
-                own_state, own_leaving, own_staged = state_tile.at[mine], leaving_tile.at[mine], staged.at[mine, 0]
+                own_state, own_leaving = state_tile.at[mine], leaving_tile.at[mine].transpose(_FLIPPED)
                 plgpu.barrier_wait(values_fetched)
                 plgpu.barrier_wait(state_fetched)
-                (weights,) = add(slice(1), (values_tile.at[mine], values_tile.at[1 - mine].transpose(_FLIPPED)))
-                if value_tiles == 1:
-                    write_weights(weights)
-                dq_state, dk_state = add(
-                    slice(1, 3),
-                    (dout_tile, own_state.transpose(_FLIPPED)),
-                    (v_tile, own_leaving.transpose(_FLIPPED)),
+                return (
+                    (values_tile.at[mine], values_tile.at[1 - mine].transpose(_FLIPPED)),
+                    (values_tile.at[zero], own_state.transpose(_FLIPPED)),
+                    (values_tile.at[1 + zero], own_leaving),
+                    # The diagonal of a product is cheaper than products of numbers, which would have to be read first.
+                    (own_state, own_leaving),
                 )
-                # The diagonal of a product is cheaper than products of numbers, which would have to be read first.
-                crossing = product(_SQUARE, (own_state, own_leaving.transpose(_FLIPPED)))
-                crossing = jnp.sum(jnp.where(rows == columns + zero, crossing, 0.0), axis=1)
-                crossing = crossing if passed is None else crossing + passed[3]
-                passed_on = weights, dq_state, dk_state, crossing
-                if not dvs:
-                    plgpu.barrier_arrive(values_used)
-                    return passed_on
+
+            def pass_values(value_tile: jax.Array, passed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                # The state that was before; the last one's place is needed.
+                pl.when(value_tile > 0)(lambda: plgpu.barrier_arrive(state_used))
+                jobs = ([term] for term in factors(hidden_zero(step + value_tile)))
+                passed = tile.added_products(*zip(passed, jobs, strict=True), staging=stage)
+                plgpu.barrier_arrive(values_used)
+                return passed
+
+            if dvs:
                 (dv,) = dvs
+                of_weights, *of_gradients, of_crossing = factors(zero)
+                # Not at once: the registers hold no more.
+                write_weights(product(_SQUARE, of_weights))
+                dq_state, dk_state = products(*((_SQUARE, [term]) for term in of_gradients))
+                crossing = diagonal(product(_SQUARE, of_crossing))
+                own = tile.half(mine)
                 dv_own = product(
                     _SQUARE,
-                    *((part, dout_tile.at[:, own]) for part in scores),
+                    *((part, values_tile.at[zero, :, own]) for part in scores),
                     *((k_tile.at[i + zero], leaving_tile.at[i + zero, :, own]) for i in range(COMPUTING)),
                 )
                 plgpu.barrier_arrive(values_used)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                own_staged[...] = dv_own.astype(jnp.bfloat16)
+                own_staged.at[0][...] = dv_own.astype(jnp.bfloat16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(own_staged, dv.at[batch, tokens, head, own])
-                return passed_on
-
-            def pass_more(value_tile: jax.Array, passed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                plgpu.barrier_arrive(state_used)
-                return pass_values(value_tile, passed)
-
-            passed = pass_values(0, None)
-            if value_tiles > 1:
-                passed = lax.fori_loop(1, value_tiles, pass_more, passed)
+                plgpu.copy_smem_to_gmem(own_staged.at[0], dv.at[batch, tokens, head, own])
+            else:
+                # Sums over many tiles of the values leave no registers for the exponents.
+                stashed = own_staged.at[1], weights_tile.at[mine]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for target, part in zip(stashed, tile.split(of_queries), strict=True):
+                    target[...] = part
+                passed = tuple(tile.zeros(*_SQUARE) for _ in range(4))
+                weights, dq_state, dk_state, crossing = lax.fori_loop(0, value_tiles, pass_values, passed)
                 of_queries = sum(tile.load(part) for part in stashed)
                 of_keys = -of_queries
-                write_weights(passed[0])
-            _, dq_state, dk_state, crossing = passed
-            if not dvs:
-                # Every warp has read the state, which the pair takes the place of; else the products of dv see to it.
+                crossing = diagonal(crossing)
+                write_weights(weights)
+                # Every warp has read the state, which the pair takes the place of; above the products of dv see to it.
                 plgpu.commit_smem()
             tile.write_split(late_pair, tile.load(own_k) * dk_state)
             if some_strong:
@@ -404,13 +397,17 @@ def _gradients(
                 # The passes have done what is within the chunk.
                 factored = 1.0 - own_strong.astype(jnp.float32)
                 de_left, de_flipped_left = ((tile.load(x) * factored).astype(jnp.bfloat16) for x in (de, de_flipped))
-            dk_own, dq_own, dgate = products(
-                (_SQUARE, [(de_flipped_left, own_q)]),
-                (_SQUARE, [(de_left, own_k)]),
-                (_SQUARE, [(below, late_pair.at[i]) for i in range(2)]),
+            # Pallas's `run_state` takes no constants as indices.
+            late = [(below, late_pair.at[i + zero]) for i in range(2)]
+            dk_own, dq_own, dgate = tile.added_products(
+                (tile.zeros(*_SQUARE), [(de_flipped_left, own_q)]),
+                (dq_state, [(de_left, own_k)]),
+                (tile.zeros(*_SQUARE), late),
+                staging=stage,
             )
-            dq_own += dq_state
             moved = tile.load(own_q) * dq_own - tile.load(own_k) * dk_own
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            tile.write_split(own_staged, moved)
             plgpu.barrier_arrive(state_used)
             plgpu.barrier_arrive(used)
             if some_strong:
@@ -423,15 +420,14 @@ def _gradients(
             dq_own *= jnp.exp(of_queries) * scale
             dk_own = (dk_own + dk_state) * jnp.exp(of_keys)
             dgate += tile.along_columns(plgpu.load(vector.at[tile.half(mine)], layout=tile.COLUMN), CHUNK)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if some_strong:
                 dq_own, dk_own, dgate = (
                     lax.cond(own_strong, lambda x, i=i: x + tile.load_global(found.at[mine, i]), lambda x: x, x)
                     for i, x in enumerate((dq_own, dk_own, dgate), start=1)
                 )
-            tile.write_split(own_staged, moved)
             plgpu.commit_smem()
-            dgate += tile.summed(lower.transpose(_FLIPPED), own_staged, staging=stage)
+            terms = [(lower.transpose(_FLIPPED), own_staged.at[i + zero]) for i in range(2)]
+            (dgate,) = tile.added_products((dgate, terms), staging=stage)
             dgates[batch, tokens, head, own_keys] = dgate
             plgpu.commit_smem()
             own_staged[0], own_staged[1] = dq_own.astype(jnp.bfloat16), dk_own.astype(jnp.bfloat16)

@@ -115,6 +115,8 @@ class HopperBackend(Backend):
         )
         results = work.cut(out, work.value_width), work.cut_state(state_out if left is None else left)
         kept = {"prepared": prepared}
+        if intra is not None:
+            kept["decayed"] = intra
         if states is not None:
             kept["states"] = checkpointed("attention_states", states)
         return results, kept
@@ -182,12 +184,13 @@ class HopperBackend(Backend):
         *,
         prepared: "_Summaries | None" = None,
         prepared_adjoint: "_Summaries | None" = None,
+        decayed: Decayed | None = None,
         states: jax.Array | None = None,
     ) -> "_BeforeGradients":
         """The chunks' states, computed unless they were kept, and what `replay_intra` gives."""
         del dout, prepared_adjoint
         work = self._work(k, v, gates)
-        decayed = work.decays.intra(_pad(q), work.keys, self.scale)
+        decayed = decayed or work.decays.intra(_pad(q), work.keys, self.scale)
         if states is None:
             prepared = prepared or self.prepare(k, v, gates)
             entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
@@ -208,10 +211,11 @@ class HopperBackend(Backend):
         *,
         prepared: "_Summaries | None" = None,
         prepared_adjoint: "_Summaries | None" = None,
+        decayed: Decayed | None = None,
         states: jax.Array | None = None,
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
-        del state_in, prepared, states
+        del state_in, prepared, decayed, states
         work = self._work(k, v, gates)
         later = prepared_adjoint or self._work(q, dout, gates).summaries(
             reverse=True, scale=self.scale, intra=intra.decayed, needed=False

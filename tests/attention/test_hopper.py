@@ -16,7 +16,7 @@ from tests.attention.contract import LinearAttentionContract
 from tests.meshes import mesh
 from zeco_jax.attention import Call, HopperBackend, attend, document_starts, make_backend
 from zeco_jax.attention.hopper import levels, plan
-from zeco_jax.attention.hopper.tile import FACTORED_LIMIT
+from zeco_jax.attention.hopper.tile import FACTORED_LIMIT, WEAKEST_GATE
 from zeco_jax.collectives import AllScanOptions
 from zeco_jax.parallel import AllScanExchange
 
@@ -180,6 +180,11 @@ def test_the_part_that_needs_no_state_can_be_done_before():
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (out, in_two(q, k, v, gates, state))))
 
 
+def gradients(attend, *arguments):
+    (out, state), pull = jax.vjp(attend, *arguments)
+    return pull((jnp.ones_like(out), jnp.ones_like(state)))
+
+
 def test_decays_at_the_limit_of_what_is_factored(monkeypatch):
     """Where sums that are rounded in two ways fall on either side of it, nobody may mistake one for the other."""
     monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
@@ -190,10 +195,24 @@ def test_decays_at_the_limit_of_what_is_factored(monkeypatch):
     gates[0, :64, 0] = FACTORED_LIMIT * first / first.sum(0)
     arguments = (q, k, v, jnp.asarray(gates, jnp.float32))
 
-    def gradients(attend, *arguments):
-        (out, state), pull = jax.vjp(attend, *arguments)
-        return pull((jnp.ones_like(out), jnp.ones_like(state)))
+    want = gradients(partial(zeco_jax.linear_attention, backend="xla"), *(x.astype(jnp.float32) for x in arguments))
+    for name, got, wanted in zip(("q", "k", "v", "log_decay"), gradients(simulated, *arguments), want, strict=True):
+        assert relative_rms(got, wanted) < 5e-3, name
 
+
+@pytest.mark.parametrize("width", [80, 128])
+def test_documents_beside_strong_gates(monkeypatch, width):
+    """Cuts at both ends of a chunk, in a row, and of some channels only; gates that are strong without being cuts."""
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 192, 1, width)), jnp.bfloat16) for _ in range(3))
+    gates = -0.05 * rng.uniform(size=(1, 192, 1, width))
+    gates[0, [0, 7, 8, 63, 64, 100, 101, 127]] = -np.inf
+    gates[0, 20:30, :, : width // 2] = WEAKEST_GATE
+    gates[0, 140:150] = -np.inf
+    gates[0, 160, :, ::2] = -np.inf
+    gates[0, 170:180] *= 400
+    arguments = (q, k, v, jnp.asarray(gates, jnp.float32))
     want = gradients(partial(zeco_jax.linear_attention, backend="xla"), *(x.astype(jnp.float32) for x in arguments))
     for name, got, wanted in zip(("q", "k", "v", "log_decay"), gradients(simulated, *arguments), want, strict=True):
         assert relative_rms(got, wanted) < 5e-3, name

@@ -288,16 +288,16 @@ class _Work(NamedTuple):
 
     @classmethod
     def of(cls, keys: jax.Array, values: jax.Array, gates: jax.Array, *, interpret: bool) -> "_Work":
-        """Pads with zeros: keys and values that add nothing, gates that don't decay."""
+        """Pads keys and values with zeros that add nothing, and gates."""
         tokens, key_width, value_width = keys.shape[1], keys.shape[-1], values.shape[-1]
         keys, values = _pad(keys), _pad(values)
         is_wide = max(keys.shape[-1], values.shape[-1]) > TILE
         if gates.shape[-1] == 1:
             decays = (WideScalarDecays if is_wide else ScalarDecays).of(gates, interpret)
         elif is_wide:
-            decays = WideChannelDecays(_pad(gates), interpret)
+            decays = WideChannelDecays(_pad_gates(gates), interpret)
         else:
-            decays = ChannelDecays(_pad(gates), interpret)
+            decays = ChannelDecays(_pad_gates(gates), interpret)
         return cls(keys, values, decays, tokens, key_width, value_width)
 
     def summaries(
@@ -336,3 +336,8 @@ class _Work(NamedTuple):
 def _pad(x: jax.Array) -> jax.Array:
     """[B, T, H, width] in whole chunks of tokens and tiles of channels."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, -x.shape[3] % TILE)))
+
+
+def _pad_gates(gates: jax.Array) -> jax.Array:
+    """As `_pad`; channels that are added decay as the last one, so that what cuts all of them still does."""
+    return _pad(jnp.pad(gates, ((0, 0), (0, 0), (0, 0), (0, -gates.shape[3] % TILE)), mode="edge"))

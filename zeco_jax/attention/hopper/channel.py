@@ -134,7 +134,8 @@ def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
 
     Returns:
         Whether chunks do, by halves of tiles [B, H, chunks, K / HALF] int32; and the least of the chunks' gates in each
-        stretch, [B, H, stretches, K], which shares a pass with the sums of `_Summaries`.
+        stretch, [B, H, stretches, K].
     """
     by_half = jnp.min(totals.reshape(*totals.shape[:3], -1, HALF), axis=-1) < FACTORED_LIMIT
+    # The latter by channels: before a replay XLA finds it in one kernel with the sums over the stretches.
     return by_half.astype(jnp.int32), jnp.min(walk.by_stretch(totals), axis=3)

@@ -373,7 +373,7 @@ def _gradients(
                 of_keys = -of_queries
                 crossing = diagonal(crossing)
                 write_weights(weights)
-                # Every warp has read the state, which the pair takes the place of; above the products of dv see to it.
+                # Every warp has read the state, which the pair displaces; above, the barriers around dv see to it.
                 plgpu.commit_smem()
             tile.write_split(late_pair, tile.load(own_k) * dk_state)
             if some_strong:

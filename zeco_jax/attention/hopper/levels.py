@@ -8,6 +8,7 @@ Everything is said of tokens, not of pairs: there are 64 of the ones, 4096 of th
 """
 
 import jax
+import jax.numpy as jnp
 
 from zeco_jax.attention.hopper import tile
 
@@ -16,24 +17,9 @@ LEVELS = tile.CHUNK.bit_length()
 _DIAGONAL = LEVELS - 1
 
 
-def _pick(condition: jax.Array, x: jax.Array, y: jax.Array | int) -> jax.Array:
-    """`x` where a number is 1, `y` where it is 0."""
+def pick(condition: jax.Array, x: jax.Array | int, y: jax.Array | int) -> jax.Array:
+    """`x` where an integer is 1, `y` where it is 0."""
     return condition * x + (1 - condition) * y
-
-
-def _is_diagonal(level: jax.Array) -> jax.Array:
-    return (level == _DIAGONAL).astype("int32")
-
-
-def later(token: jax.Array, level: jax.Array) -> jax.Array:
-    """What a token must have in common with the earlier one of a pair, see `earlier`."""
-    half = token >> level
-    return _pick(_is_diagonal(level), token, _pick(half & 1, half, -1))
-
-
-def earlier(token: jax.Array, level: jax.Array) -> jax.Array:
-    """A number for tokens: they part at a level from those after them whose `later` is the same."""
-    return _pick(_is_diagonal(level), token, (token >> level) + 1)
 
 
 def half(token: jax.Array, level: jax.Array) -> jax.Array:
@@ -41,8 +27,23 @@ def half(token: jax.Array, level: jax.Array) -> jax.Array:
     return token >> level
 
 
+def later(token: jax.Array, level: jax.Array) -> jax.Array:
+    """What a token must have in common with the earlier one of a pair, see `earlier`."""
+    own = half(token, level)
+    return pick(_is_diagonal(level), token, pick(own & 1, own, -1))
+
+
+def earlier(token: jax.Array, level: jax.Array) -> jax.Array:
+    """A number for tokens: they part at a level from those after them whose `later` is the same."""
+    return pick(_is_diagonal(level), token, half(token, level) + 1)
+
+
 def reach(token: jax.Array, level: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which gates count for a token: its half, and 0 for those up to it or -1 for those after it."""
-    half = token >> level
+    own = half(token, level)
     # On the diagonal none.
-    return _pick(_is_diagonal(level), -1, half), (half & 1) - 1
+    return pick(_is_diagonal(level), -1, own), (own & 1) - 1
+
+
+def _is_diagonal(level: jax.Array) -> jax.Array:
+    return (level == _DIAGONAL).astype(jnp.int32)

@@ -117,5 +117,4 @@ class _Side(NamedTuple):
 
 def _pick(which: jax.Array, of_tree: jax.Array, of_documents: jax.Array | int) -> jax.Array:
     """Of a pass over documents, or of a level of the tree."""
-    documents = (which == _WITHIN_DOCUMENTS).astype(jnp.int32)
-    return documents * of_documents + (1 - documents) * of_tree
+    return levels.pick((which == _WITHIN_DOCUMENTS).astype(jnp.int32), of_documents, of_tree)

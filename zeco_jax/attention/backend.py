@@ -120,10 +120,10 @@ class Backend(ABC):
     def replay_keeping(
         self, q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state_in: jax.Array, **prepared: Any
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """As `replay`, when gradients will be asked for; and what they need again: `prepared` and `states`, if any.
+        """As `replay`, when gradients will be asked for; and what they need again: `prepared` and others.
 
-        Keywords of `replay_adjoint`. Those it computes itself have names, "attention_summaries" and "attention_states":
-        rematerialisation keeps the first, and may keep the second.
+        Keywords of `replay_adjoint`. Summaries and states that it computes itself have names, "attention_summaries" and
+        "attention_states": rematerialisation keeps the first, and may keep the second; what has no name it finds again.
         """
         return self.replay(q, k, v, gates, state_in, **prepared), {}
 

@@ -96,7 +96,7 @@ class HopperBackend(Backend):
         intra: Decayed | None = None,
         keep_states: bool = True,
     ) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """As `replay`; keeps the summaries, and the chunks' states where the kernel can write them on its way."""
+        """As `replay`; keeps summaries, what was decayed, and the chunks' states where the kernel can write them."""
         work = self._work(k, v, gates)
         if prepared is None:
             intra = intra or work.decays.intra(_pad(q), work.keys, self.scale)

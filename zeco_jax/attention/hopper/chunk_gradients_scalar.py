@@ -10,11 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.decays import Decays, sums_of, tokens_at, write_positions
+from zeco_jax.attention.hopper.gradients_scalar import gate_parts
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
     PRODUCER_REGISTERS,
     bfloat16,
-    float32,
     hidden_zero,
     launch,
     stage_of,
@@ -63,7 +63,6 @@ def chunk_gradients_scalar(
         for `gate_gradient`.
     """
     batch, tokens, heads, width = q.shape
-    parts = (width // HALF, batch, heads)
     keys = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     values = tile.bf16_tile(_SLOTS, CHUNK, TILE)
     borders = tile.bf16_tile(_SLOTS, TILE, TILE)
@@ -73,10 +72,7 @@ def chunk_gradients_scalar(
         (
             bfloat16(*q.shape),
             bfloat16(*k.shape),
-            float32(*parts, tokens),
-            float32(*parts, tokens),
-            float32(*parts, tokens),
-            float32(*parts, walk.chunks, HALF),
+            *gate_parts(width // HALF, batch, heads, tokens),
         ),
         {
             # Where they have been read, what is summed for the gates takes their place, then the gradients.

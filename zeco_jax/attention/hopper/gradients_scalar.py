@@ -77,7 +77,6 @@ def gradients_scalar(
     batch, tokens, heads, _ = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     chunk_tile = tile.bf16_tile(_SLOTS, CHUNK, TILE)
-    parts = (COMPUTING, batch, heads)
     return launch(
         partial(_gradients, walk=walk, scale=scale),
         (q, k, v, sums, dout, states, leaving),
@@ -85,10 +84,7 @@ def gradients_scalar(
             bfloat16(*q.shape),
             bfloat16(*k.shape),
             bfloat16(*v.shape),
-            float32(*parts, tokens),
-            float32(*parts, tokens),
-            float32(*parts, tokens),
-            float32(*parts, walk.chunks, HALF),
+            *gate_parts(COMPUTING, batch, heads, tokens),
             *left_state(walk, batch, heads, TILE, TILE),
         ),
         {
@@ -115,6 +111,12 @@ def gradients_scalar(
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
+
+
+def gate_parts(parts: int, batch: int, heads: int, tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The outputs z, u, w and x of a kernel, for `gate_gradient`."""
+    by_token = float32(parts, batch, heads, tokens)
+    return by_token, by_token, by_token, float32(parts, batch, heads, tokens // CHUNK, HALF)
 
 
 def gate_gradient(z: jax.Array, u: jax.Array, w: jax.Array, x: jax.Array) -> jax.Array:

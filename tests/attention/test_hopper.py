@@ -54,25 +54,43 @@ class TestHopper(LinearAttentionContract):
     )
 
 
-class OneStretch:
-    """Short sequences are cut into stretches of one chunk each, so that the machine is full; here they aren't cut."""
+class FewProcessors:
+    """Short sequences are cut into stretches of one chunk each, so that the machine is full; here it is smaller."""
+
+    processors: int
 
     @pytest.fixture(autouse=True)
-    def _one_processor(self, monkeypatch):
-        monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    def _few_processors(self, monkeypatch):
+        monkeypatch.setattr(plan, "MULTIPROCESSORS", self.processors)
+
+
+class OneStretch(FewProcessors):
+    processors = 1
 
 
 class TestHopperInOneStretch(OneStretch, LinearAttentionContract):
     attend = staticmethod(simulated)
     covers = (
         case("channel-chunks", "channel", ("sometimes_zero",), 190),
-        case("channel-chunks-two-by-two", "channel", ("sometimes_zero",), 190, key_width=144, value_width=136),
         case("channel-chunks-two-by-three", "channel", ("sometimes_zero",), 190, key_width=144, value_width=264),
         # The first chunk decays weakly, a later one doesn't: what is known of a stretch must count all of its chunks.
         case("channel-late", "channel", ("gla",), 190, segments="late"),
         case("channel-late-two-by-one", "channel", ("gla",), 190, key_width=144, segments="late"),
         case("token-chunks", "token", ("gla",), 190),
         case("token-chunks-two-by-two", "token", ("gla",), 190, key_width=144, value_width=136, segments="odd_places"),
+    )
+
+
+class TestHopperInTwoStretches(FewProcessors, LinearAttentionContract):
+    """Of two chunks and of one."""
+
+    # Two blocks of threads for each stretch.
+    processors = 4
+    attend = staticmethod(simulated)
+    # A length of their own, as what was traced for another machine isn't traced again.
+    covers = tuple(
+        case(f"{decay}-chunks-two-by-two", decay, (regime,), 180, key_width=144, value_width=136)
+        for decay, regime in (("channel", "sometimes_zero"), ("token", "gla"))
     )
 
 

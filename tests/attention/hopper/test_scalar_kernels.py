@@ -65,8 +65,8 @@ class Problem:
         by_chunk = np.moveaxis(self.gates, 1, 2).reshape(-1, self.heads, CHUNKS, CHUNK)
         return jnp.asarray(by_chunk.cumsum(-1).reshape(*by_chunk.shape[:2], -1), jnp.float32)
 
-    def walk(self, *, reverse=False):
-        return Walk(CHUNKS, STRETCHES, reverse)
+    def walk(self, *, reverse=False, closed=False):
+        return Walk(CHUNKS, STRETCHES, reverse, closed)
 
     def recurrence(self, start=0, stop=CHUNKS * CHUNK, initial_state=None, dfinal=None):
         """The recurrence over some of the tokens."""
@@ -150,8 +150,10 @@ class TestReplay:
         return replay_scalar(q, k, values, problem.sums, entering, scale=SCALE, interpret=True, **options)
 
     def test_outputs(self, problem):
-        (out,) = self.replay(problem, problem.arrays["v"], problem.entering(STARTS[:-1]), walk=problem.walk())
+        entering, walk = problem.entering(STARTS[:-1]), problem.walk(closed=True)
+        out, left = self.replay(problem, problem.arrays["v"], entering, walk=walk)
         assert relative_rms(out, problem.expected.out) < TOLERANCE
+        assert relative_rms(left, problem.expected.final_state) < TOLERANCE
 
     @pytest.mark.parametrize("problem", NARROW[:1])
     def test_keeps_the_states_that_enter_the_chunks(self, problem):
@@ -161,9 +163,10 @@ class TestReplay:
 
     @pytest.mark.parametrize("problem", WIDE)
     def test_in_reverse(self, problem):
-        leaving, walk = problem.leaving(STARTS[1:]), problem.walk(reverse=True)
-        dv, states = self.replay(problem, problem.arrays["dout"], leaving, walk=walk, keep_states=True)
+        leaving, walk = problem.leaving(STARTS[1:]), problem.walk(reverse=True, closed=True)
+        dv, left, states = self.replay(problem, problem.arrays["dout"], leaving, walk=walk, keep_states=True)
         assert relative_rms(dv, problem.expected.gradients["v"]) < TOLERANCE
+        assert relative_rms(left, problem.expected.gradients["initial_state"]) < TOLERANCE
         assert_states(states, problem.leaving(range(CHUNK, (CHUNKS + 1) * CHUNK, CHUNK)))
 
 

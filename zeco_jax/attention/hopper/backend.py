@@ -67,7 +67,7 @@ class HopperBackend(Backend):
     ) -> Summary:
         """What the tokens do to a state; needs no state from outside."""
         prepared = prepared or self.prepare(k, v, gates)
-        state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]), reverse=False)[1]
+        state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]))[1]
         decay = jnp.broadcast_to(jnp.exp(jnp.sum(prepared.totals, axis=2)), state.shape[:-1])
         return Summary(decay[..., : k.shape[-1]], state[..., : k.shape[-1], : v.shape[-1]])
 
@@ -101,14 +101,14 @@ class HopperBackend(Backend):
         if prepared is None:
             intra = intra or work.decays.intra(_pad(q), work.keys, self.scale)
             prepared = checkpointed("attention_summaries", work.summaries(intra=intra, needed=False))
-        entering, state_out = prepared.enter(work.pad_state(state_in), reverse=False)
+        entering, state_out = prepared.enter(work.pad_state(state_in))
         out, left, states = work.decays.replay(
             _pad(q),
             work.keys,
             work.values,
             prepared.totals,
             entering,
-            prepared.walk(reverse=False),
+            prepared.walk,
             self.scale,
             intra=intra,
             keep_states=keep_states,
@@ -155,7 +155,7 @@ class HopperBackend(Backend):
     ) -> jax.Array:
         """The cotangent of the entering state that comes from the outputs alone, [B, H, K, V]."""
         prepared = prepared_adjoint or self.prepare_adjoint(q, gates, dout)
-        state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]), reverse=True)[1]
+        state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]))[1]
         return state[..., : q.shape[-1], : dout.shape[-1]]
 
     def replay_adjoint(
@@ -193,9 +193,8 @@ class HopperBackend(Backend):
         decayed = decayed or work.decays.intra(_pad(q), work.keys, self.scale)
         if states is None:
             prepared = prepared or self.prepare(k, v, gates)
-            entering, _ = prepared.enter(work.pad_state(state_in), reverse=False)
-            walk = prepared.walk(reverse=False)
-            states = work.decays.chunk_states(work.keys, work.values, prepared.totals, entering, walk, decayed)
+            entering, _ = prepared.enter(work.pad_state(state_in))
+            states = work.decays.chunk_states(work.keys, work.values, prepared.totals, entering, prepared.walk, decayed)
         return _BeforeGradients(states, decayed)
 
     def replay_inter_adjoint(
@@ -220,7 +219,7 @@ class HopperBackend(Backend):
         later = prepared_adjoint or self._work(q, dout, gates).summaries(
             reverse=True, scale=self.scale, intra=intra.decayed, needed=False
         )
-        leaving, dstate_in = later.enter(work.pad_state(dstate_out), reverse=True)
+        leaving, dstate_in = later.enter(work.pad_state(dstate_out))
         (dq, dk, dv, dgates), left = work.decays.gradients(
             _pad(q),
             work.keys,
@@ -228,7 +227,7 @@ class HopperBackend(Backend):
             _pad(dout.astype(v.dtype)),
             intra.states,
             leaving,
-            later.walk(reverse=True),
+            later.walk,
             self.scale,
             intra.decayed,
         )
@@ -248,32 +247,32 @@ class _BeforeGradients(NamedTuple):
     decayed: Decayed | None
 
 
-class _Summaries(NamedTuple):
-    """States that stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K or 1].
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Summaries:
+    """What stretches do to a state.
 
-    No states where one stretch is all there is and what it leaves isn't needed before it is replayed.
+    Attributes:
+        states: [B, H, summarized, K, V], what the summarized stretches leave of a state of zeros; None without any.
+        totals: [B, H, chunks, K or 1], the chunks' gates.
+        walk: the stretches.
     """
 
     states: jax.Array | None
     totals: jax.Array
+    walk: Walk = field(metadata={"static": True})
 
-    def walk(self, *, reverse: bool) -> Walk:
-        """The stretches."""
-        return Walk(self.totals.shape[2], 1 if self.states is None else self.states.shape[2], reverse)
-
-    def enter(self, first: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array | None]:
-        """The state that enters each stretch, given that of the first one walked; and what leaves the last one."""
-        if self.states is None:
-            return first[:, :, None], None
-        walk = self.walk(reverse=reverse)
+    def enter(self, first: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The states that enter the stretches, from that of the first one walked; and what leaves, unless closed."""
+        walk = self.walk
+        order = -1 if walk.reverse else 1
         decays = jnp.exp(jnp.sum(walk.by_stretch(self.totals), axis=3))
-        order = -1 if reverse else 1
-        entering = []
+        entered = [first]
         # Not a scan: unrolled, XLA makes one kernel of it.
-        for stretch in range(walk.stretches)[::order]:
-            entering.append(first)
-            first = decays[:, :, stretch, :, None] * first + self.states[:, :, stretch]
-        return jnp.stack(entering[::order], axis=2), first
+        for index, stretch in list(enumerate(walk.summarized))[::order]:
+            entered.append(decays[:, :, stretch, :, None] * entered[-1] + self.states[:, :, index])
+        last = None if walk.closed else entered.pop()
+        return jnp.stack(entered[::order], axis=2), last
 
 
 class _Work(NamedTuple):
@@ -309,15 +308,17 @@ class _Work(NamedTuple):
             reverse: walked backwards.
             scale: factor on the states.
             intra: what `replay_intra` returned; without it what is decayed for it is decayed once more.
-            needed: before the replay, by others; else one stretch needs no summary.
+            needed: others than the replay need what all of them leave.
         """
         batch, tokens, heads, _ = self.keys.shape
         # The replay takes all keys together.
         blocks = batch * heads * (self.values.shape[-1] // TILE)
-        walk = Walk(tokens // CHUNK, stretches(blocks, tokens // CHUNK), reverse)
-        if walk.is_whole and not needed:
-            return _Summaries(None, self.decays.totals(intra))
-        return _Summaries(*self.decays.stretch_states(self.keys, self.values, walk, scale, intra))
+        count = stretches(blocks, tokens // CHUNK)
+        closed = not needed and (count == 1 or self.decays.closes_many_stretches)
+        walk = Walk(tokens // CHUNK, count, reverse, closed)
+        if not walk.summarized:
+            return _Summaries(None, self.decays.totals(intra), walk)
+        return _Summaries(*self.decays.stretch_states(self.keys, self.values, walk, scale, intra), walk)
 
     def pad_state(self, state: jax.Array) -> jax.Array:
         """[B, H, K, V] in whole tiles."""

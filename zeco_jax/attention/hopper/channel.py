@@ -20,6 +20,9 @@ class ChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
+    # The summary of a stretch comes with the sums of its chunks' gates, which the replay needs of all stretches.
+    closes_many_stretches = False
+
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
     ) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +61,7 @@ class ChannelDecays(NamedTuple):
         intra: None = None,
         keep_states: bool = False,
     ) -> Replayed:
-        """The outputs, the chunks' states where they are to be kept, and with one stretch the state that leaves it."""
+        """The outputs, the chunks' states where they are to be kept, and the state that a closed walk ends with."""
         del intra
         outputs = replay_channel(
             q,
@@ -87,7 +90,7 @@ class ChannelDecays(NamedTuple):
         scale: float,
         intra: None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
+        """The gradients of q, k, v and the gates, and the cotangent of a state that a closed walk ends with."""
         # Whoever writes the cotangents and whoever reads them decide by the same sums, bit for bit.
         del intra
         options = {"scale": scale, "interpret": self.interpret}

@@ -23,6 +23,8 @@ from zeco_jax.attention.hopper.runs import walk_runs
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
+# Half a tile of the values, and states and cotangents for it, is worked on while the next is fetched.
+_SLOTS = 2
 _FLIPPED = (1, 0)
 _SQUARE = (CHUNK, CHUNK)
 # What the passes over strong chunks find, in device memory: the scores, gradients of queries, keys and gates.
@@ -72,7 +74,7 @@ def chunk_gradients(
         strong: [B, H, chunks, K / HALF] int32, which of them are too strong for exponents of both signs.
         weakest: [B, H, stretches, K] float32, the least of the sums in each stretch.
         states: [B, H, chunks, K, V] bfloat16, the state that enters each chunk.
-        leaving: [B, H, chunks, K, V] bfloat16, from D as `states.chunk_states` writes it.
+        leaving: [B, H, chunks, K, V] bfloat16, D; with states of one tile as `states.chunk_states` writes it.
         walk: which chunks a block of threads takes.
         scale: factor on the outputs.
         interpret: simulate the kernel.
@@ -98,32 +100,32 @@ def chunk_gradients(
             "q_tile": halves,
             "k_tile": halves,
             # The outputs' cotangents and the values.
-            "values_tile": tile.bf16_tile(2, CHUNK, TILE),
-            "leaving_tile": tile.bf16_tile(COMPUTING, HALF, TILE),
+            "values_tile": tile.bf16_tile(_SLOTS, 2, CHUNK, HALF),
+            "leaving_tile": tile.bf16_tile(_SLOTS, COMPUTING, HALF, HALF),
             # Where they have been read, the two parts of what is summed over tokens take their place.
             "gates_work": plgpu.RefUnion(tile.fp32_tile(COMPUTING, CHUNK, HALF), pairs),
-            "state_work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, HALF, TILE), pairs),
+            "state_work": plgpu.RefUnion(tile.bf16_tile(_SLOTS, COMPUTING, HALF, HALF), pairs),
             # On the way to device memory, and again parts of sums.
             "staged": pairs,
             # The products of outputs' cotangents and values, and the same flipped; a warpgroup computes one each.
             "weights_tile": tile.bf16_tile(COMPUTING, *_SQUARE),
             # Ones up to and including the diagonal, and below it.
             "triangles": tile.bf16_tile(2, *_SQUARE),
-            # What crosses the chunk, and what `Passes` keeps.
+            # The chunk's gates and in their place what crosses the chunk; what `Passes` keeps.
             "vectors": plgpu.SMEM((2, TILE), jnp.float32),
-            "fetched": plgpu.Barrier(num_arrivals=2 * COMPUTING),
+            "fetched": plgpu.Barrier(num_arrivals=2 * COMPUTING + 1),
             "used": plgpu.Barrier(num_arrivals=COMPUTING),
             "gates_fetched": plgpu.Barrier(num_arrivals=COMPUTING),
             "gates_used": plgpu.Barrier(num_arrivals=COMPUTING),
-            "values_fetched": plgpu.Barrier(num_arrivals=2 + COMPUTING),
-            "values_used": plgpu.Barrier(num_arrivals=COMPUTING),
-            "state_fetched": plgpu.Barrier(num_arrivals=COMPUTING),
-            "state_used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "values_fetched": plgpu.Barrier(num_arrivals=2 + COMPUTING, num_barriers=_SLOTS),
+            "values_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+            "state_fetched": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+            "state_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
             "prepared": plgpu.Barrier(num_arrivals=COMPUTING),
             "weighed": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="chunk_gradients",
-        walk=walk,
+        stretches=walk.stretches,
         # A block of threads goes through all tiles of the values.
         state=(batch, heads, width, TILE),
         interpret=interpret,
@@ -175,10 +177,11 @@ def _gradients(
     warpgroup = lax.axis_index("warpgroup")
     *dvs, dgates, exact = others
     steps = walk.steps(stretch)
-    value_tiles = v.shape[-1] // TILE
+    value_halves = v.shape[-1] // HALF
     gates_tile, gates_pairs = gates_work
     state_tile, state_pairs = state_work
     vector, numbers = (vectors.at[i] for i in range(2))
+    all_keys = pl.ds(key_tile * TILE, TILE)
     key_halves = [pl.ds(key_tile * TILE + i * HALF, HALF) for i in range(COMPUTING)]
 
     @pl.when(warpgroup == PRODUCER)
@@ -191,42 +194,46 @@ def _gradients(
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             again = step >= 1
 
-            def fetch_values(value_tile: int | jax.Array) -> None:
-                of_values = pl.ds(value_tile * TILE, TILE)
+            def fetch_values(half: int | jax.Array, slot: int | jax.Array) -> None:
+                of_values, full = pl.ds(half * HALF, HALF), values_fetched.at[slot]
                 for i, source in enumerate((dout, v)):
                     place = source.at[batch, tokens, head, of_values]
-                    plgpu.copy_gmem_to_smem(place, values_tile.at[i], values_fetched)
-                for i, half in enumerate(key_halves):
-                    place = leaving.at[batch, head, chunk, half, of_values]
-                    plgpu.copy_gmem_to_smem(place, leaving_tile.at[i], values_fetched)
+                    plgpu.copy_gmem_to_smem(place, values_tile.at[slot, i], full)
+                for i, of_keys in enumerate(key_halves):
+                    place = leaving.at[batch, head, chunk, of_keys, of_values]
+                    plgpu.copy_gmem_to_smem(place, leaving_tile.at[slot, i], full)
 
-            def fetch_state(value_tile: int | jax.Array) -> None:
-                of_values = pl.ds(value_tile * TILE, TILE)
-                for i, half in enumerate(key_halves):
-                    place = states.at[batch, head, chunk, half, of_values]
-                    plgpu.copy_gmem_to_smem(place, state_tile.at[i], state_fetched)
+            def fetch_state(half: int | jax.Array, slot: int | jax.Array) -> None:
+                of_values, full = pl.ds(half * HALF, HALF), state_fetched.at[slot]
+                for i, of_keys in enumerate(key_halves):
+                    place = states.at[batch, head, chunk, of_keys, of_values]
+                    plgpu.copy_gmem_to_smem(place, state_tile.at[slot, i], full)
 
             pl.when(again)(lambda: plgpu.barrier_wait(gates_used))
-            for i, half in enumerate(key_halves):
-                plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, half], gates_tile.at[i], gates_fetched)
-            pl.when(again)(lambda: plgpu.barrier_wait(values_used))
-            fetch_values(0)
+            for i, of_keys in enumerate(key_halves):
+                plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head, of_keys], gates_tile.at[i], gates_fetched)
+            for slot in range(_SLOTS):
+                pl.when(again)(partial(plgpu.barrier_wait, values_used.at[slot]))
+                fetch_values(slot, slot)
             pl.when(again)(lambda: plgpu.barrier_wait(used))
             for source, target in ((q, q_tile), (k, k_tile)):
-                for i, half in enumerate(key_halves):
-                    plgpu.copy_gmem_to_smem(source.at[batch, tokens, head, half], target.at[i], fetched)
-            pl.when(again)(lambda: plgpu.barrier_wait(state_used))
-            fetch_state(0)
+                for i, of_keys in enumerate(key_halves):
+                    plgpu.copy_gmem_to_smem(source.at[batch, tokens, head, of_keys], target.at[i], fetched)
+            plgpu.copy_gmem_to_smem(totals.at[batch, head, chunk, all_keys], vector, fetched)
+            for slot in range(_SLOTS):
+                pl.when(again)(partial(plgpu.barrier_wait, state_used.at[slot]))
+                fetch_state(slot, slot)
 
-            @pl.loop(1, value_tiles)
-            def _value_tile(value_tile: jax.Array) -> None:
-                plgpu.barrier_wait(values_used)
-                fetch_values(value_tile)
-                plgpu.barrier_wait(state_used)
-                fetch_state(value_tile)
+            @pl.loop(_SLOTS, value_halves)
+            def _value_half(half: jax.Array) -> None:
+                slot = lax.rem(half, _SLOTS)
+                plgpu.barrier_wait(values_used.at[slot])
+                fetch_values(half, slot)
+                plgpu.barrier_wait(state_used.at[slot])
+                fetch_state(half, slot)
 
         # A barrier may not go while somebody has still to pass it.
-        for barrier in (gates_used, values_used, used, state_used):
+        for barrier in (gates_used, used, *(x.at[slot] for x in (values_used, state_used) for slot in range(_SLOTS))):
             plgpu.barrier_wait(barrier)
 
     @pl.when(warpgroup < COMPUTING)
@@ -239,7 +246,6 @@ def _gradients(
         tile.write(triangles.at[warpgroup], tile.ones_where(columns - rows + warpgroup <= 0))
         plgpu.barrier_arrive(weighed)
         plgpu.barrier_wait(weighed)
-        all_keys = pl.ds(key_tile * TILE, TILE)
         own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
 
         def strong_halves(chunk: jax.Array) -> list[jax.Array]:
@@ -259,6 +265,7 @@ def _gradients(
             pair, late_pair, own_staged = gates_pairs.at[mine], state_pairs.at[mine], staged.at[mine]
             found = exact.at[batch, head, stretch, key_tile]
             own_strong = strong[batch, head, chunk, key_tile * COMPUTING + mine] != 0
+            own_vector = vector.at[tile.half(mine)]
 
             plgpu.barrier_wait(gates_fetched)
             gate = jnp.maximum(tile.load(gates_tile.at[mine]), tile.WEAKEST_GATE)
@@ -321,42 +328,47 @@ def _gradients(
             def diagonal(x: jax.Array) -> jax.Array:
                 return jnp.sum(x * (tile.load(lower) - tile.load(below)), axis=1)
 
-            def factors(zero: jax.Array) -> tuple[tile.Factors, ...]:
-                """Of the weights, the gradients of queries and keys, and what crosses, from a tile of the values."""
+            def factors(slot: jax.Array, zero: jax.Array) -> tuple[tile.Factors, ...]:
+                """Of the weights, the gradients of queries and keys, and what crosses, from half a tile of values."""
                 mine = warpgroup + zero
-                own_state, own_leaving = state_tile.at[mine], leaving_tile.at[mine].transpose(_FLIPPED)
-                plgpu.barrier_wait(values_fetched)
-                plgpu.barrier_wait(state_fetched)
+                values, own_state = values_tile.at[slot], state_tile.at[slot, mine]
+                own_leaving = leaving_tile.at[slot, mine].transpose(_FLIPPED)
+                plgpu.barrier_wait(values_fetched.at[slot])
+                plgpu.barrier_wait(state_fetched.at[slot])
                 return (
-                    (values_tile.at[mine], values_tile.at[1 - mine].transpose(_FLIPPED)),
-                    (values_tile.at[zero], own_state.transpose(_FLIPPED)),
-                    (values_tile.at[1 + zero], own_leaving),
+                    (values.at[mine], values.at[1 - mine].transpose(_FLIPPED)),
+                    (values.at[zero], own_state.transpose(_FLIPPED)),
+                    (values.at[1 + zero], own_leaving),
                     # The diagonal of a product is cheaper than products of numbers, which would have to be read first.
                     (own_state, own_leaving),
                 )
 
-            def pass_values(value_tile: jax.Array, passed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                # The state that was before; the last one's place is needed.
-                pl.when(value_tile > 0)(lambda: plgpu.barrier_arrive(state_used))
-                jobs = ([term] for term in factors(hidden_zero(step + value_tile)))
+            def pass_values(half: jax.Array, passed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                slot = lax.rem(half, _SLOTS)
+                jobs = ([term] for term in factors(slot, hidden_zero(step + half)))
                 passed = tile.added_products(*zip(passed, jobs, strict=True), staging=stage)
-                plgpu.barrier_arrive(values_used)
+                plgpu.barrier_arrive(values_used.at[slot])
+                # The last states' places are needed.
+                pl.when(half < value_halves - _SLOTS)(partial(plgpu.barrier_arrive, state_used.at[slot]))
                 return passed
 
             if dvs:
                 (dv,) = dvs
-                of_weights, *of_gradients, of_crossing = factors(zero)
+                slots = [slot + zero for slot in range(_SLOTS)]
+                jobs = zip(*(factors(slot, zero) for slot in slots), strict=True)
+                of_weights, *of_gradients, of_crossing = jobs
                 # Not at once: the registers hold no more.
-                write_weights(product(_SQUARE, of_weights))
-                dq_state, dk_state = products(*((_SQUARE, [term]) for term in of_gradients))
-                crossing = diagonal(product(_SQUARE, of_crossing))
+                write_weights(product(_SQUARE, *of_weights))
+                dq_state, dk_state = products(*((_SQUARE, terms) for terms in of_gradients))
+                crossing = diagonal(product(_SQUARE, *of_crossing))
                 own = tile.half(mine)
                 dv_own = product(
                     _SQUARE,
-                    *((part, values_tile.at[zero, :, own]) for part in scores),
-                    *((k_tile.at[i + zero], leaving_tile.at[i + zero, :, own]) for i in range(COMPUTING)),
+                    *((part, values_tile.at[mine, zero]) for part in scores),
+                    *((k_tile.at[i + zero], leaving_tile.at[mine, i + zero]) for i in range(COMPUTING)),
                 )
-                plgpu.barrier_arrive(values_used)
+                for slot in slots:
+                    plgpu.barrier_arrive(values_used.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 own_staged.at[0][...] = dv_own.astype(jnp.bfloat16)
                 plgpu.commit_smem()
@@ -368,18 +380,24 @@ def _gradients(
                 for target, part in zip(stashed, tile.split(of_queries), strict=True):
                     target[...] = part
                 passed = tuple(tile.zeros(*_SQUARE) for _ in range(4))
-                weights, dq_state, dk_state, crossing = lax.fori_loop(0, value_tiles, pass_values, passed)
+                weights, dq_state, dk_state, crossing = lax.fori_loop(0, value_halves, pass_values, passed)
                 of_queries = sum(tile.load(part) for part in stashed)
                 of_keys = -of_queries
-                crossing = diagonal(crossing)
+                total = plgpu.load(own_vector, layout=tile.COLUMN)
+                if some_strong:
+                    total = jnp.where(total < FACTORED_LIMIT, 0.0, total)
+                dk_state *= tile.along_columns(jnp.exp(total), CHUNK)
+                crossing = diagonal(crossing) * jnp.exp(tile.load_global(own_vector, layout=tile.ROW))
                 write_weights(weights)
                 # Every warp has read the state, which the pair displaces; above, the barriers around dv see to it.
                 plgpu.commit_smem()
             tile.write_split(late_pair, tile.load(own_k) * dk_state)
-            if some_strong:
-                total = tile.load_global(totals.at[batch, head, chunk, own_keys], layout=tile.ROW)
+            if some_strong and dvs:
+                total = tile.load_global(own_vector, layout=tile.ROW)
                 crossing *= jnp.exp(jnp.where(total < FACTORED_LIMIT, total, 0.0))
-            vector[tile.half(mine)] = crossing
+            # Every warp has read the gates.
+            plgpu.commit_smem()
+            own_vector[...] = crossing
             plgpu.commit_smem()
             plgpu.barrier_arrive(weighed)
             plgpu.barrier_wait(weighed)
@@ -405,10 +423,12 @@ def _gradients(
                 (tile.zeros(*_SQUARE), late),
                 staging=stage,
             )
+            dgate += tile.along_columns(plgpu.load(own_vector, layout=tile.COLUMN), CHUNK)
             moved = tile.load(own_q) * dq_own - tile.load(own_k) * dk_own
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile.write_split(own_staged, moved)
-            plgpu.barrier_arrive(state_used)
+            for slot in range(_SLOTS):
+                plgpu.barrier_arrive(state_used.at[slot + zero])
             plgpu.barrier_arrive(used)
             if some_strong:
                 of_queries, of_keys = exponents()
@@ -419,7 +439,6 @@ def _gradients(
                 of_queries, of_keys = of_queries + again, of_keys + again
             dq_own *= jnp.exp(of_queries) * scale
             dk_own = (dk_own + dk_state) * jnp.exp(of_keys)
-            dgate += tile.along_columns(plgpu.load(vector.at[tile.half(mine)], layout=tile.COLUMN), CHUNK)
             if some_strong:
                 dq_own, dk_own, dgate = (
                     lax.cond(own_strong, lambda x, i=i: x + tile.load_global(found.at[mine, i]), lambda x: x, x)
@@ -439,7 +458,7 @@ def _gradients(
         walk_runs(
             steps + nothing[0],
             is_strong,
-            tile.least(weakest.at[batch, head, stretch, all_keys], vector.at[tile.half(warpgroup)]) < FACTORED_LIMIT,
+            tile.least(weakest.at[batch, head, stretch, all_keys], numbers.at[tile.half(warpgroup)]) < FACTORED_LIMIT,
             step_body,
             tuple,
             lambda _: None,

@@ -90,7 +90,7 @@ def chunk_gradients_scalar(
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
         },
         name="chunk_gradients_scalar",
-        walk=walk,
+        stretches=walk.stretches,
         # A block of threads goes through all tiles of the values.
         state=(batch, heads, width, TILE),
         interpret=interpret,

@@ -54,7 +54,7 @@ def decayed_keys(
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
         },
         name="decayed_keys",
-        walk=walk,
+        stretches=walk.stretches,
         state=(batch, heads, width, TILE),
         interpret=interpret,
     )

@@ -19,7 +19,7 @@ from zeco_jax.attention.hopper.launch import (
     left_state,
     stage_of,
 )
-from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
 # Chunks' values and scores in flight, and tiles of queries and keys.
@@ -75,22 +75,21 @@ def decayed_replay(
         interpret: simulate the kernel.
 
     Returns:
-        [B, T, H, V] bfloat16; with one stretch the state that leaves it, [B, H, K, V] float32; in reverse also the
-        cotangents of the states that leave the chunks, as `states.chunk_states` gives them, [B, H, chunks, K, V]
-        bfloat16.
+        [B, T, H, V] bfloat16; of a closed walk the state it ends with, [B, H, K, V] float32; in reverse also the
+        cotangents of the states that leave the chunks, [B, H, chunks, K, V] bfloat16.
     """
     batch, _, heads, width = values.shape
     queries, keys, totals, *scores = decayed
     key_width = totals.shape[-1]
     outputs = [bfloat16(*values.shape), *left_state(walk, batch, heads, key_width, width)]
-    states = tile.bf16_tile(COMPUTING, TILE, HALF)
+    key_tiles = key_width // TILE
     scratch = {
         "q_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
         "k_tile": tile.bf16_tile(_KEY_SLOTS, CHUNK, TILE),
         "totals_tile": plgpu.SMEM((_KEY_SLOTS, TILE), jnp.float32),
         "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
         "scores_tile": tile.bf16_tile(_SLOTS, 2, CHUNK, CHUNK),
-        "state_tile": states,
+        "state_tile": tile.bf16_tile(COMPUTING, key_tiles, TILE, HALF),
         "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
         "keys_fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_KEY_SLOTS),
         "keys_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_KEY_SLOTS),
@@ -100,14 +99,13 @@ def decayed_replay(
     if walk.reverse:
         queries, keys = keys, queries
         outputs.append(bfloat16(batch, heads, walk.chunks, key_width, width))
-        scratch["kept_tile"] = states
     return launch(
-        partial(_replay, key_tiles=key_width // TILE, walk=walk),
+        partial(_replay, key_tiles=key_tiles, walk=walk),
         (queries, keys, totals, *scores, values, entering),
         outputs,
         scratch,
         name="decayed_replay_reverse" if walk.reverse else "decayed_replay",
-        walk=walk,
+        stretches=walk.stretches,
         state=(batch, heads, TILE, width),
         interpret=interpret,
     )
@@ -139,12 +137,10 @@ def _replay(
     fetched: Ref,
     used: Ref,
     staging: Ref | None,
-    kept_tile: Ref | None = None,
 ) -> None:
-    del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     value_tile, warpgroup = lax.axis_index("value_tile"), lax.axis_index("warpgroup")
-    left, kept = others[: walk.is_whole], others[walk.is_whole :]
+    left, kept = others[: walk.closed], others[walk.closed :]
     steps = walk.steps(stretch)
     all_keys = [pl.ds(key_tile * TILE, TILE) for key_tile in range(key_tiles)]
 
@@ -184,37 +180,37 @@ def _replay(
     @pl.when(warpgroup < COMPUTING)
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
-        own, stage = tile.half(warpgroup), stage_of(staging, warpgroup)
-        own_state, own_out = state_tile.at[warpgroup], out_tile.at[warpgroup]
+        stage = stage_of(staging, warpgroup)
+        # Copies that may be under way when something is written: all later ones than that of what was there before.
+        later_copies = key_tiles * len(kept)
         own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
 
         def step_body(step: jax.Array, states: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             slot = lax.rem(step, _SLOTS)
             chunk = walk.chunk(stretch, step)
-            v_own = v_tile.at[slot, :, own]
+            # Pallas's `run_state` takes no constants as indices.
+            zero = hidden_zero(step)
+            mine = warpgroup + zero
+            own_out, v_own = out_tile.at[mine], v_tile.at[slot, :, tile.half(mine)]
             next_states = []
             result = tile.zeros(CHUNK, HALF)
             for key_tile, state in enumerate(states):
                 key_slot = lax.rem(step * key_tiles + key_tile, _KEY_SLOTS)
+                own_state = state_tile.at[mine, key_tile + zero]
+                if kept:
+                    plgpu.wait_smem_to_gmem(later_copies, wait_read_only=True)
                 own_state[...] = state.astype(jnp.bfloat16)
                 plgpu.commit_smem()
+                for target in kept:
+                    place = target.at[batch, head, chunk, all_keys[key_tile], own_values]
+                    plgpu.copy_smem_to_gmem(own_state, place)
                 plgpu.barrier_wait(keys_fetched.at[key_slot])
                 terms = [(q_tile.at[key_slot], own_state)]
                 if key_tile == 0:
                     plgpu.barrier_wait(fetched.at[slot])
-                    # Pallas's `run_state` takes no constants as indices.
-                    parts = [scores_tile.at[slot, i + hidden_zero(step)] for i in range(2)]
+                    parts = [scores_tile.at[slot, i + zero] for i in range(2)]
                     terms += [(part.transpose((1, 0)) if walk.reverse else part, v_own) for part in parts]
-                total = plgpu.load(totals_tile.at[key_slot], layout=tile.ROW)
-                decay = jnp.exp(total)
-                for target in kept:
-                    factor = jnp.where(total < FACTORED_LIMIT, 1.0, decay)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    own_kept = kept_tile.at[warpgroup]
-                    own_kept[...] = (state * tile.along_rows(factor, HALF)).astype(jnp.bfloat16)
-                    plgpu.commit_smem()
-                    place = target.at[batch, head, chunk, all_keys[key_tile], own_values]
-                    plgpu.copy_smem_to_gmem(own_kept, place)
+                decay = jnp.exp(plgpu.load(totals_tile.at[key_slot], layout=tile.ROW))
                 result, state = tile.added_products(
                     (result, terms),
                     (state * tile.along_rows(decay, HALF), [(k_tile.at[key_slot].transpose((1, 0)), v_own)]),
@@ -223,7 +219,7 @@ def _replay(
                 plgpu.barrier_arrive(keys_used.at[key_slot])
                 next_states.append(state)
             plgpu.barrier_arrive(used.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(later_copies, wait_read_only=True)
             own_out[...] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
             tokens = pl.ds(chunk * CHUNK, CHUNK)
@@ -231,8 +227,11 @@ def _replay(
             return tuple(next_states)
 
         states = tuple(tile.load_global(entering.at[batch, head, stretch, rows, own_values]) for rows in all_keys)
-        states = lax.fori_loop(0, steps, step_body, states)
-        for target in left:
+        states = lax.fori_loop(0, steps + nothing[0], step_body, states)
+
+        @pl.when(walk.closes(stretch))
+        def _leave() -> None:
             for rows, state in zip(all_keys, states, strict=True):
-                target[batch, head, rows, own_values] = state
+                left[0][batch, head, rows, own_values] = state
+
         plgpu.wait_smem_to_gmem(0)

@@ -87,7 +87,7 @@ def decayed_scores(
             "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="decayed_scores",
-        walk=walk,
+        stretches=walk.stretches,
         # A block of threads goes through all tiles of the keys.
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
@@ -124,7 +124,7 @@ def _score(
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     warpgroup = lax.axis_index("warpgroup")
     steps = walk.steps(stretch)
-    pairs, parts = work
+    pairs, scores_parts = work
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
@@ -148,7 +148,6 @@ def _score(
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         stage = stage_of(staging, warpgroup)
-        product = partial(tile.product, staging=stage)
         rows, columns = tile.indices()
         # In memory: ptxas 13.0 sets registers of constant weights after the product that reads them.
         # Both warpgroups write the same.
@@ -162,6 +161,9 @@ def _score(
             mine = warpgroup + zero
             own = tile.half(mine)
             pair, own_queries, own_keys = pairs.at[mine], q_decayed.at[mine], k_decayed.at[mine]
+            # Where the scores will be.
+            factored_keys = scores_tile.at[mine]
+            lower, above = (triangles.at[i + zero] for i in range(COMPUTING))
             pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
 
             def add_tile(key_tile: jax.Array, part: jax.Array) -> jax.Array:
@@ -171,34 +173,36 @@ def _score(
                 q_own, k_own = q_tile.at[slot, :, own], k_tile.at[slot, :, own]
                 tile.write_split(pair, jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE))
                 plgpu.commit_smem()
-                lower, above = (triangles.at[i + zero] for i in range(COMPUTING))
-                since = tile.summed(lower, pair, staging=stage)
+                parts = [pair.at[i + zero] for i in range(2)]
+                since, later = tile.products(
+                    *(((CHUNK, HALF), [(triangle, x) for x in parts]) for triangle in (lower, above)),
+                    staging=stage,
+                )
                 high, low = tile.split(tile.load(q_own) * (jnp.exp(since) * scale))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                own_keys[...] = (tile.load(k_own) * jnp.exp(-since)).astype(jnp.bfloat16)
-                plgpu.commit_smem()
-                found = product((CHUNK, CHUNK), *((x, own_keys.transpose(_FLIPPED)) for x in (high, low)))
-                part += tile.where_not_positive(columns - rows + zero, found)
-                # Not before: the registers are needed.
-                later = tile.summed(above, pair, staging=stage)
                 own_queries[...] = high
                 own_keys[...] = (tile.load(k_own) * jnp.exp(later)).astype(jnp.bfloat16)
+                factored_keys[...] = (tile.load(k_own) * jnp.exp(-since)).astype(jnp.bfloat16)
                 plgpu.barrier_arrive(used.at[slot])
                 plgpu.commit_smem()
                 places = pl.ds(key_tile * TILE + mine * HALF, HALF)
                 plgpu.copy_smem_to_gmem(own_queries, queries.at[batch, tokens, head, places])
                 plgpu.copy_smem_to_gmem(own_keys, keys.at[batch, tokens, head, places])
-                flipped = [pair.at[i + zero].transpose(_FLIPPED) for i in range(2)]
-                # The two triangles together are ones alone: every column is the same but for rounding.
-                total = product((HALF, CHUNK), *((x, ones) for x in flipped for ones in (lower, above)))
+                part, total = tile.added_products(
+                    (part, [(x, factored_keys.transpose(_FLIPPED)) for x in (high, low)]),
+                    # The two triangles together are ones alone: every column is the same but for rounding.
+                    (tile.zeros(HALF, CHUNK), [(x.transpose(_FLIPPED), y) for x in parts for y in (lower, above)]),
+                    staging=stage,
+                )
                 totals[batch, head, chunk, places] = jnp.max(total, axis=1)
                 return part
 
             part = lax.fori_loop(0, key_tiles, add_tile, tile.zeros(CHUNK, CHUNK))
+            part *= tile.load(lower)
             # The pair has been read.
             plgpu.commit_smem()
             place = scores.at[batch, head, chunk]
-            write_scores(part, parts, scores_tile, place, mine, scored=scored, scores_read=scores_read)
+            write_scores(part, scores_parts, scores_tile, place, mine, scored=scored, scores_read=scores_read)
 
         lax.fori_loop(0, steps + nothing[0], step_body, None)
         plgpu.barrier_wait(scores_read)

@@ -15,7 +15,7 @@ from zeco_jax.attention.hopper.walked_states import Fetched, Leave, walk_states
 def decayed_stretch_states(
     decayed: jax.Array, values: jax.Array, totals: jax.Array, *, walk: Walk, interpret: bool = False
 ) -> jax.Array:
-    r"""What each stretch leaves of a state of zeros.
+    r"""What stretches leave of a state of zeros.
 
     .. math:: S \leftarrow e^{b_C} \odot S + \sum_t \tilde k_t v_t^\top
 
@@ -29,10 +29,10 @@ def decayed_stretch_states(
         interpret: simulate the kernel.
 
     Returns:
-        [B, H, stretches, K, V] float32.
+        [B, H, summarized, K, V] float32, of the stretches `walk.summarized`.
     """
     batch, _, heads, width = decayed.shape
-    output = float32(batch, heads, walk.stretches, width, values.shape[-1])
+    output = float32(batch, heads, len(walk.summarized), width, values.shape[-1])
     return _states((decayed, values, totals), output, name="decayed_stretch_states", walk=walk, interpret=interpret)
 
 

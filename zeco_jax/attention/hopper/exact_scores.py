@@ -75,7 +75,7 @@ def exact_scores(
             "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="exact_scores",
-        walk=walk,
+        stretches=walk.stretches,
         # A block of threads goes through all tiles of the keys.
         state=(batch, heads, TILE, TILE),
         interpret=interpret,

@@ -71,8 +71,7 @@ def gradients_scalar(
 
     Returns:
         dq, dk and dv [B, T, H, TILE] bfloat16; z, u and w [COMPUTING, B, H, T] and x [COMPUTING, B, H, chunks, HALF]
-        float32 for `gate_gradient`; and with one stretch the cotangent of the state that enters it,
-        [B, H, TILE, TILE] float32.
+        float32 for `gate_gradient`; and of a closed walk the cotangent it ends with, [B, H, TILE, TILE] float32.
     """
     batch, tokens, heads, _ = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
@@ -107,7 +106,7 @@ def gradients_scalar(
             "leaving_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="gradients_scalar",
-        walk=walk,
+        stretches=walk.stretches,
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
@@ -295,8 +294,11 @@ def _gradients(
 
         later = tuple(tile.load_global(leaving.at[batch, head, stretch, side, own_channels]) for side in sides)
         later = lax.fori_loop(0, walk.steps(stretch) + nothing[0], step_body, later)
-        for target in left:
+
+        @pl.when(walk.closes(stretch))
+        def _leave() -> None:
             for side, rest in zip(sides, later, strict=True):
-                target[batch, head, side, own_channels] = rest
+                left[0][batch, head, side, own_channels] = rest
+
         plgpu.barrier_wait(leaving_read)
         plgpu.wait_smem_to_gmem(0)

@@ -24,7 +24,7 @@ def launch(
     scratch: Mapping[str, Any],
     *,
     name: str,
-    walk: Walk,
+    stretches: int,
     state: tuple[int, int, int, int],
     interpret: bool,
     auto_barriers: bool = True,
@@ -38,7 +38,7 @@ def launch(
         outputs: what the kernel writes.
         scratch: shared memory and barriers.
         name: of the kernel.
-        walk: the stretches; each is walked by a block of threads for each tile of the state.
+        stretches: how many; each is walked by a block of threads for each tile of the state.
         state: the shape of the state, [B, H, K, V], K and V multiples of TILE.
         interpret: simulate the kernel.
         auto_barriers: warpgroups wait for all of their warps before and after each store; otherwise `body` sees to it.
@@ -52,7 +52,7 @@ def launch(
     grid = {
         "batch": batch,
         "head": heads,
-        "stretch": walk.stretches,
+        "stretch": stretches,
         "key_tile": key_width // tile.TILE,
         "value_tile": value_width // tile.TILE,
     }
@@ -108,5 +108,5 @@ def bfloat16(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def left_state(walk: Walk, *shape: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The state that leaves the sequence, as an output of kernels that walk all of it."""
-    return (float32(*shape),) if walk.is_whole else ()
+    """The state that a closed walk ends with, as an output of kernels that replay it."""
+    return (float32(*shape),) if walk.closed else ()

@@ -57,13 +57,13 @@ def replay_channel(
         strong: [B, H, chunks, 2] int32, which halves of the channels are too strong for exponents of both signs.
         weakest: [B, H, stretches, TILE] float32, the least of the sums in each stretch.
         entering: [B, H, stretches, TILE, TILE] float32, the state that enters each stretch.
-        walk: the stretches, forward.
+        walk: the stretches, forward; closed only if there is one.
         scale: factor on the outputs.
         keep_states: return the chunks' states, too.
         interpret: simulate the kernel.
 
     Returns:
-        Outputs [B, T, H, TILE] bfloat16; with one stretch the state that leaves it, [B, H, TILE, TILE] float32; and if
+        Outputs [B, T, H, TILE] bfloat16; of a closed walk the state it ends with, [B, H, TILE, TILE] float32; and if
         asked for the state that enters each chunk, [B, H, chunks, TILE, TILE] bfloat16.
     """
     batch, _, heads, _ = q.shape
@@ -97,7 +97,7 @@ def replay_channel(
             "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
         name="replay_channel",
-        walk=walk,
+        stretches=walk.stretches,
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
@@ -138,7 +138,7 @@ def _replay(
 ) -> None:
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     warpgroup = lax.axis_index("warpgroup")
-    left, states = others[: walk.is_whole], others[walk.is_whole :]
+    left, states = others[: walk.closed], others[walk.closed :]
     steps = walk.steps(stretch)
     pairs, scores = work
 

@@ -56,7 +56,7 @@ def replay_scalar(
         interpret: simulate the kernel.
 
     Returns:
-        [B, T, H, V] bfloat16; with one stretch the state that leaves it, [B, H, K, V] float32; and if asked for the
+        [B, T, H, V] bfloat16; of a closed walk the state it ends with, [B, H, K, V] float32; and if asked for the
         state that enters each chunk, in reverse the cotangent of the one that leaves it, [B, H, chunks, K, V] bfloat16.
     """
     batch, _, heads, width = values.shape
@@ -81,7 +81,7 @@ def replay_scalar(
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
         },
         name="replay_scalar_reverse" if walk.reverse else "replay_scalar",
-        walk=walk,
+        stretches=walk.stretches,
         state=(batch, heads, TILE, width),
         interpret=interpret,
     )
@@ -111,7 +111,7 @@ def _replay(
 ) -> None:
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     value_tile, warpgroup = lax.axis_index("value_tile"), lax.axis_index("warpgroup")
-    left, kept = others[: walk.is_whole], others[walk.is_whole :]
+    left, kept = others[: walk.closed], others[walk.closed :]
     all_keys = [pl.ds(first, TILE) for first in range(0, queries.shape[-1], TILE)]
 
     @pl.when(warpgroup == PRODUCER)
@@ -179,7 +179,10 @@ def _replay(
 
         states = tuple(tile.load_global(entering.at[batch, head, stretch, rows, own_values]) for rows in all_keys)
         states = lax.fori_loop(0, walk.steps(stretch) + nothing[0], step_body, states)
-        for target in left:
+
+        @pl.when(walk.closes(stretch))
+        def _leave() -> None:
             for rows, state in zip(all_keys, states, strict=True):
-                target[batch, head, rows, own_values] = state
+                left[0][batch, head, rows, own_values] = state
+
         plgpu.wait_smem_to_gmem(0)

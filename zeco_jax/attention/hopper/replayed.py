@@ -13,7 +13,7 @@ class Replayed(NamedTuple):
 
     Attributes:
         out: [B, T, H, V] bfloat16.
-        left: [B, H, K, V] float32, the state that leaves the sequence where one stretch is all of it, else None.
+        left: [B, H, K, V] float32, the state that a closed walk ends with, else None.
         states: [B, H, chunks, K, V] bfloat16, those that enter the chunks where they were to be kept, else None.
     """
 
@@ -25,7 +25,7 @@ class Replayed(NamedTuple):
     def of(cls, outputs: Sequence[jax.Array], walk: Walk) -> "Replayed":
         """From what a kernel returns that may keep the chunks' states."""
         out, *others = outputs
-        return cls(out, only(others[: walk.is_whole]), only(others[walk.is_whole :]))
+        return cls(out, only(others[: walk.closed]), only(others[walk.closed :]))
 
 
 def only(outputs: Sequence[jax.Array]) -> jax.Array | None:

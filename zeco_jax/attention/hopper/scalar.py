@@ -19,6 +19,8 @@ class ScalarDecays(NamedTuple):
     sums: jax.Array
     interpret: bool
 
+    closes_many_stretches = False
+
     @classmethod
     def of(cls, gates: jax.Array, interpret: bool) -> "ScalarDecays":
         """From gates [B or 1, T, H, 1], any T: those that are missing to a whole chunk don't decay."""
@@ -30,7 +32,7 @@ class ScalarDecays(NamedTuple):
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B or 1, H, chunks, 1]."""
+        """States that summarized stretches leave [B, H, summarized, K, V], the chunks' gates [B or 1, H, chunks, 1]."""
         del intra
         states = stretch_states_scalar(keys, values, self.sums, walk=walk, scale=scale, interpret=self.interpret)
         return states, self.totals()
@@ -64,7 +66,7 @@ class ScalarDecays(NamedTuple):
         intra: None = None,
         keep_states: bool = False,
     ) -> Replayed:
-        """The outputs, the chunks' states where they are to be kept, and with one stretch the state that leaves it."""
+        """The outputs, the chunks' states where they are to be kept, and the state that a closed walk ends with."""
         del totals, intra
         options = {"walk": walk, "scale": scale, "keep_states": keep_states, "interpret": self.interpret}
         return Replayed.of(replay_scalar(q, k, v, self.sums, entering, **options), walk)
@@ -81,7 +83,7 @@ class ScalarDecays(NamedTuple):
         scale: float,
         intra: None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """The gradients of q, k, v and the gates [B, T, H, 1], and with one stretch that of the state that enters."""
+        """The gradients of q, k, v and the gates [B, T, H, 1], and that of a state that a closed walk ends with."""
         del intra
         dq, dk, dv, z, u, w, x, *left = gradients_scalar(
             q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret

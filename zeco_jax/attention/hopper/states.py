@@ -47,7 +47,7 @@ def stretch_states(
         keys: [B, T, H, TILE] bfloat16, T a multiple of CHUNK.
         values: [B, T, H, TILE] bfloat16.
         gates: [B, T, H, TILE] float32.
-        walk: the stretches.
+        walk: the stretches, not closed.
         scale: factor on the states.
         interpret: simulate the kernel.
 
@@ -79,13 +79,13 @@ def chunk_states(
         values: [B, T, H, TILE] bfloat16.
         gates: [B, T, H, TILE] float32.
         entering: [B, H, stretches, TILE, TILE] float32.
-        walk: the stretches.
+        walk: the stretches; closed only if there is one.
         scale: factor on what keys and values add.
         interpret: simulate the kernel.
 
     Returns:
-        [B, H, chunks, TILE, TILE] bfloat16, the gates' sums over each chunk [B, H, chunks, TILE] float32, and with one
-        stretch the state that leaves it, [B, H, TILE, TILE] float32.
+        [B, H, chunks, TILE, TILE] bfloat16, the gates' sums over each chunk [B, H, chunks, TILE] float32, and of
+        a closed walk the state it ends with, [B, H, TILE, TILE] float32.
     """
     batch, _, heads, _ = keys.shape
     outputs = (
@@ -125,7 +125,7 @@ def _launch(
         outputs,
         scratch,
         name="chunk_states" if is_traced else "stretch_states",
-        walk=walk,
+        stretches=walk.stretches,
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )

@@ -17,7 +17,7 @@ from zeco_jax.attention.hopper.walked_states import Fetched, Leave, walk_states
 def stretch_states_scalar(
     keys: jax.Array, values: jax.Array, sums: jax.Array, *, walk: Walk, scale: float = 1.0, interpret: bool = False
 ) -> jax.Array:
-    r"""What each stretch leaves of a state of zeros.
+    r"""What stretches leave of a state of zeros.
 
     .. math:: S \leftarrow e^{b_C} S + \text{scale} \sum_t e^{d_t} k_t v_t^\top
 
@@ -33,9 +33,9 @@ def stretch_states_scalar(
         interpret: simulate the kernel.
 
     Returns:
-        [B, H, stretches, K, V] float32.
+        [B, H, summarized, K, V] float32, of the stretches `walk.summarized`.
     """
-    shape = float32(keys.shape[0], keys.shape[2], walk.stretches, keys.shape[3], values.shape[3])
+    shape = float32(keys.shape[0], keys.shape[2], len(walk.summarized), keys.shape[3], values.shape[3])
     return _states(
         (keys, values, sums), shape, name="stretch_states_scalar", walk=walk, scale=scale, interpret=interpret
     )

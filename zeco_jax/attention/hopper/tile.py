@@ -53,7 +53,7 @@ def load(ref: Ref) -> jax.Array:
 
 
 def load_global(ref: Ref, layout: plgpu.Layout = WGMMA) -> jax.Array:
-    """A matrix or vector straight from device memory."""
+    """A matrix or vector straight from device memory; or from shared memory, where the compiler finds no quick way."""
     # Inside shard_map what is read there varies over the mesh, and nothing else in a kernel does; a product forgets it.
     return plgpu.load(ref, layout=layout, optimized=False) * 1.0
 

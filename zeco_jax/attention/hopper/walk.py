@@ -14,11 +14,13 @@ class Walk:
         chunks: of the whole sequence.
         stretches: that it is cut into; the last may be shorter.
         reverse: from the last chunk to the first, as cotangents go.
+        closed: the state that the walk ends with is left to the replay, as nobody needs it before.
     """
 
     chunks: int
     stretches: int
     reverse: bool = False
+    closed: bool = False
 
     @property
     def longest(self) -> int:
@@ -26,9 +28,18 @@ class Walk:
         return -(-self.chunks // self.stretches)
 
     @property
-    def is_whole(self) -> bool:
-        """Whether one block of threads walks all of a sequence."""
-        return self.stretches == 1
+    def summarized(self) -> range:
+        """The stretches that the replay waits for: of a closed walk all but the last one walked."""
+        every = range(self.stretches)
+        if not self.closed:
+            return every
+        return every[1:] if self.reverse else every[:-1]
+
+    def closes(self, stretch: jax.Array) -> jax.Array | bool:
+        """Whether the replay of this stretch writes the state that the walk ends with."""
+        if not self.closed or self.stretches == 1:
+            return self.closed
+        return stretch == (0 if self.reverse else self.stretches - 1)
 
     def steps(self, stretch: jax.Array) -> jax.Array:
         """Chunks of this stretch."""

@@ -75,7 +75,7 @@ def walk_states(
         source: the vector of a chunk, from the reference of all decays.
         inputs: keys [B, T, H, K], values [B, T, H, V], decays; and if the state of every chunk is asked for those that
             enter the stretches [B, H, stretches, K, V].
-        output: states of the stretches [B, H, stretches, K, V], or of the chunks [B, H, chunks, K, V].
+        output: states of the summarized stretches [B, H, summarized, K, V], or of the chunks [B, H, chunks, K, V].
         decays_width: length of a chunk's vector.
         name: of the kernel.
         walk: the stretches.
@@ -102,7 +102,7 @@ def walk_states(
         (output,),
         scratch,
         name=name,
-        walk=walk,
+        stretches=walk.stretches if is_traced else len(walk.summarized),
         state=(batch, heads, key_width, value_width),
         interpret=interpret,
     )
@@ -130,6 +130,8 @@ def _walk(
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     key_tile, warpgroup = lax.axis_index("key_tile"), lax.axis_index("warpgroup")
     of_values = pl.ds(lax.axis_index("value_tile") * TILE, TILE)
+    if not entering:
+        stretch += walk.summarized.start
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
@@ -173,5 +175,5 @@ def _walk(
             state = tile.zeros(HALF, TILE)
         state = lax.fori_loop(0, walk.steps(stretch), step_body, state)
         if not entering:
-            states[batch, head, stretch, own_rows, of_values] = state * scale
+            states[batch, head, stretch - walk.summarized.start, own_rows, of_values] = state * scale
         plgpu.wait_smem_to_gmem(0)

@@ -23,10 +23,12 @@ class WideChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
+    closes_many_stretches = True
+
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: Decayed | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
+        """States that summarized stretches leave [B, H, summarized, K, V], and the chunks' gates [B, H, chunks, K]."""
         if intra is None:
             batch, _, heads, width = keys.shape
             keys_walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks), walk.reverse)
@@ -70,7 +72,7 @@ class WideChannelDecays(NamedTuple):
         intra: Decayed | None = None,
         keep_states: bool = False,
     ) -> Replayed:
-        """The outputs, and with one stretch the state that leaves it; chunks' states are computed again."""
+        """The outputs, and the state that a closed walk ends with; chunks' states are computed again."""
         del totals, keep_states
         if intra is None:
             intra = self.intra(q, k, scale)
@@ -88,8 +90,7 @@ class WideChannelDecays(NamedTuple):
         scale: float,
         intra: Decayed,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """The gradients of q, k, v and the gates, and with one stretch the cotangent of the state that enters it."""
-        # By the same sums decayed_replay chooses how to write the cotangents, and their reader how to read them.
+        """The gradients of q, k, v and the gates, and the cotangent of a state that a closed walk ends with."""
         dv, *left, cotangents = decayed_replay(intra, dout, leaving, walk=walk, interpret=self.interpret)
         dq, dk, dgates = channel_gradients(
             q,

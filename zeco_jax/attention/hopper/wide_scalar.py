@@ -17,8 +17,10 @@ from zeco_jax.attention.hopper.walk import Walk
 class WideScalarDecays(ScalarDecays):
     """As `ScalarDecays`; the chunks' states, larger than all else, are computed again instead of kept."""
 
+    closes_many_stretches = True
+
     def replay(self, *arguments: Any, keep_states: bool = False, **options: Any) -> Replayed:
-        """The outputs, and with one stretch the state that leaves it."""
+        """The outputs, and the state that a closed walk ends with."""
         del keep_states
         return super().replay(*arguments, **options)
 
@@ -34,7 +36,7 @@ class WideScalarDecays(ScalarDecays):
         scale: float,
         intra: None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
-        """The gradients of q, k, v and the gates [B, T, H, 1], and with one stretch that of the state that enters."""
+        """The gradients of q, k, v and the gates [B, T, H, 1], and that of a state that a closed walk ends with."""
         del intra
         options = {"scale": scale, "interpret": self.interpret}
         dv, *left, cotangents = replay_scalar(q, k, dout, self.sums, leaving, walk=walk, keep_states=True, **options)

@@ -23,7 +23,7 @@ from zeco_jax.attention.hopper.runs import walk_runs
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
-# Half a tile of the values, and states and cotangents for it, is worked on while the next is fetched.
+# Halves of a tile of the values, with states and cotangents for them, in flight.
 _SLOTS = 2
 _FLIPPED = (1, 0)
 _SQUARE = (CHUNK, CHUNK)
@@ -102,16 +102,17 @@ def chunk_gradients(
             # The outputs' cotangents and the values.
             "values_tile": tile.bf16_tile(_SLOTS, 2, CHUNK, HALF),
             "leaving_tile": tile.bf16_tile(_SLOTS, COMPUTING, HALF, HALF),
-            # Where they have been read, the two parts of what is summed over tokens take their place.
+            # Where they have been read, the two parts of what is summed over tokens take their place: each warpgroup's
+            # in its own, as only its own warps are waited for.
             "gates_work": plgpu.RefUnion(tile.fp32_tile(COMPUTING, CHUNK, HALF), pairs),
-            "state_work": plgpu.RefUnion(tile.bf16_tile(_SLOTS, COMPUTING, HALF, HALF), pairs),
+            "state_work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, _SLOTS, HALF, HALF), pairs),
             # On the way to device memory, and again parts of sums.
             "staged": pairs,
             # The products of outputs' cotangents and values, and the same flipped; a warpgroup computes one each.
             "weights_tile": tile.bf16_tile(COMPUTING, *_SQUARE),
             # Ones up to and including the diagonal, and below it.
             "triangles": tile.bf16_tile(2, *_SQUARE),
-            # The chunk's gates and in their place what crosses the chunk; what `Passes` keeps.
+            # The gates' sums over the chunk, and in their place what crosses it; what `Passes` keeps.
             "vectors": plgpu.SMEM((2, TILE), jnp.float32),
             "fetched": plgpu.Barrier(num_arrivals=2 * COMPUTING + 1),
             "used": plgpu.Barrier(num_arrivals=COMPUTING),
@@ -207,7 +208,7 @@ def _gradients(
                 of_values, full = pl.ds(half * HALF, HALF), state_fetched.at[slot]
                 for i, of_keys in enumerate(key_halves):
                     place = states.at[batch, head, chunk, of_keys, of_values]
-                    plgpu.copy_gmem_to_smem(place, state_tile.at[slot, i], full)
+                    plgpu.copy_gmem_to_smem(place, state_tile.at[i, slot], full)
 
             pl.when(again)(lambda: plgpu.barrier_wait(gates_used))
             for i, of_keys in enumerate(key_halves):
@@ -331,7 +332,7 @@ def _gradients(
             def factors(slot: jax.Array, zero: jax.Array) -> tuple[tile.Factors, ...]:
                 """Of the weights, the gradients of queries and keys, and what crosses, from half a tile of values."""
                 mine = warpgroup + zero
-                values, own_state = values_tile.at[slot], state_tile.at[slot, mine]
+                values, own_state = values_tile.at[slot], state_tile.at[mine, slot]
                 own_leaving = leaving_tile.at[slot, mine].transpose(_FLIPPED)
                 plgpu.barrier_wait(values_fetched.at[slot])
                 plgpu.barrier_wait(state_fetched.at[slot])
@@ -395,7 +396,7 @@ def _gradients(
             if some_strong and dvs:
                 total = tile.load_global(own_vector, layout=tile.ROW)
                 crossing *= jnp.exp(jnp.where(total < FACTORED_LIMIT, total, 0.0))
-            # Every warp has read the gates.
+            # Every warp has read the sums.
             plgpu.commit_smem()
             own_vector[...] = crossing
             plgpu.commit_smem()

@@ -65,7 +65,7 @@ def gradients_scalar(
         dout: [B, T, H, TILE] bfloat16.
         states: [B, H, chunks, TILE, TILE] bfloat16, the state that enters each chunk.
         leaving: [B, H, stretches, TILE, TILE] float32, the cotangent of the state that leaves each stretch.
-        walk: the stretches, in reverse.
+        walk: the stretches, in reverse; closed only if there is one.
         scale: factor on the outputs.
         interpret: simulate the kernel.
 
@@ -294,11 +294,8 @@ def _gradients(
 
         later = tuple(tile.load_global(leaving.at[batch, head, stretch, side, own_channels]) for side in sides)
         later = lax.fori_loop(0, walk.steps(stretch) + nothing[0], step_body, later)
-
-        @pl.when(walk.closes(stretch))
-        def _leave() -> None:
+        for target in left:
             for side, rest in zip(sides, later, strict=True):
-                left[0][batch, head, side, own_channels] = rest
-
+                target[batch, head, side, own_channels] = rest
         plgpu.barrier_wait(leaving_read)
         plgpu.wait_smem_to_gmem(0)

@@ -19,6 +19,7 @@ class ScalarDecays(NamedTuple):
     sums: jax.Array
     interpret: bool
 
+    # Narrow heads have many stretches: one summary less saves little.
     closes_many_stretches = False
 
     @classmethod

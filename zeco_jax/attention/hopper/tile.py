@@ -53,7 +53,7 @@ def load(ref: Ref) -> jax.Array:
 
 
 def load_global(ref: Ref, layout: plgpu.Layout = WGMMA) -> jax.Array:
-    """A matrix or vector straight from device memory; or from shared memory, where the compiler finds no quick way."""
+    """A matrix or vector straight from device memory; or from shared memory, as rows and as columns."""
     # Inside shard_map what is read there varies over the mesh, and nothing else in a kernel does; a product forgets it.
     return plgpu.load(ref, layout=layout, optimized=False) * 1.0
 
@@ -92,13 +92,6 @@ def indices() -> tuple[jax.Array, jax.Array]:
 def ones_where(condition: jax.Array) -> jax.Array:
     """A matrix of 1 and 0, exact in bfloat16, as the left factor of a product."""
     return condition.astype(jnp.float32).astype(jnp.bfloat16)
-
-
-def where_not_positive(condition: jax.Array, x: jax.Array) -> jax.Array:
-    """A matrix where the integers `condition` are at most 0, else zeros."""
-    # Without predicates: the compiler would convert what they choose to bfloat16 one by one.
-    bits = lax.bitcast_convert_type(x, jnp.int32) & ((condition - 1) >> 31)
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def along_rows(vector: jax.Array, columns: int) -> jax.Array:

@@ -314,7 +314,7 @@ class _Work(NamedTuple):
         # The replay takes all keys together.
         blocks = batch * heads * (self.values.shape[-1] // TILE)
         count = stretches(blocks, tokens // CHUNK)
-        closed = not needed and (count == 1 or self.decays.closes_many_stretches)
+        closed = not needed and (count == 1 or self.decays.may_close(reverse=reverse))
         walk = Walk(tokens // CHUNK, count, reverse, closed)
         if not walk.summarized:
             return _Summaries(None, self.decays.totals(intra), walk)

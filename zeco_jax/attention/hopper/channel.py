@@ -20,8 +20,11 @@ class ChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
-    # The summary of a stretch comes with the sums of its chunks' gates, which the replay needs of all stretches.
-    closes_many_stretches = False
+    def may_close(self, *, reverse: bool) -> bool:
+        """Whether walks of several stretches may be closed."""
+        # The summary of a stretch comes with the sums of its chunks' gates, which the replay needs of all stretches.
+        del reverse
+        return False
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None

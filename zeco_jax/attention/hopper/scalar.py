@@ -19,9 +19,6 @@ class ScalarDecays(NamedTuple):
     sums: jax.Array
     interpret: bool
 
-    # Narrow heads have many stretches: one summary less saves little.
-    closes_many_stretches = False
-
     @classmethod
     def of(cls, gates: jax.Array, interpret: bool) -> "ScalarDecays":
         """From gates [B or 1, T, H, 1], any T: those that are missing to a whole chunk don't decay."""
@@ -29,6 +26,12 @@ class ScalarDecays(NamedTuple):
         gates = jnp.pad(gates, ((0, 0), (0, 0), (0, -gates.shape[2] % CHUNK)))
         chunks = gates.reshape(*gates.shape[:2], -1, CHUNK)
         return cls(jnp.cumsum(chunks, axis=-1).reshape(gates.shape), interpret)
+
+    def may_close(self, *, reverse: bool) -> bool:
+        """Whether walks of several stretches may be closed."""
+        # Narrow heads have many stretches: one summary less saves little.
+        del reverse
+        return False
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None

@@ -23,7 +23,10 @@ class WideChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
-    closes_many_stretches = True
+    def may_close(self, *, reverse: bool) -> bool:
+        """Whether walks of several stretches may be closed."""
+        # In reverse XLA then computes the chunks' states before their cotangents and holds all scores beside both.
+        return not reverse
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: Decayed | None = None

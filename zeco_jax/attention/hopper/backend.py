@@ -5,11 +5,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from zeco_jax.attention.backend import Backend, Call, Gradients, Summary, checkpointed
 from zeco_jax.attention.hopper.channel import ChannelDecays
 from zeco_jax.attention.hopper.decayed_replay import Decayed
 from zeco_jax.attention.hopper.plan import stretches
+from zeco_jax.attention.hopper.replayed import States
 from zeco_jax.attention.hopper.scalar import ScalarDecays
 from zeco_jax.attention.hopper.tile import CHUNK, TILE
 from zeco_jax.attention.hopper.walk import Walk
@@ -170,8 +172,8 @@ class HopperBackend(Backend):
         **prepared: Any,
     ) -> tuple[Gradients, jax.Array]:
         """The gradients of `replay` for cotangents of both results, and the cotangent of the entering state."""
-        intra = self.replay_intra_adjoint(q, k, v, gates, state_in, dout, **prepared)
-        return self.replay_inter_adjoint(q, k, v, gates, state_in, dout, dstate_out, intra, **prepared)
+        states, decayed = self._before_gradients(q, k, v, gates, state_in, **prepared)
+        return self._gradients(q, k, v, gates, dout, dstate_out, states, decayed, prepared.get("prepared_adjoint"))
 
     def replay_intra_adjoint(
         self,
@@ -181,21 +183,12 @@ class HopperBackend(Backend):
         gates: jax.Array,
         state_in: jax.Array,
         dout: jax.Array,
-        *,
-        prepared: "_Summaries | None" = None,
-        prepared_adjoint: "_Summaries | None" = None,
-        decayed: Decayed | None = None,
-        states: jax.Array | None = None,
+        **prepared: Any,
     ) -> "_BeforeGradients":
         """The chunks' states, computed unless they were kept, and what `replay_intra` gives."""
-        del dout, prepared_adjoint
-        work = self._work(k, v, gates)
-        decayed = decayed or work.decays.intra(_pad(q), work.keys, self.scale)
-        if states is None:
-            prepared = prepared or self.prepare(k, v, gates)
-            entering, _ = prepared.enter(work.pad_state(state_in))
-            states = work.decays.chunk_states(work.keys, work.values, prepared.totals, entering, prepared.walk, decayed)
-        return _BeforeGradients(states, decayed)
+        del dout
+        states, decayed = self._before_gradients(q, k, v, gates, state_in, **prepared)
+        return _BeforeGradients(states(), decayed)
 
     def replay_inter_adjoint(
         self,
@@ -208,16 +201,57 @@ class HopperBackend(Backend):
         dstate_out: jax.Array,
         intra: "_BeforeGradients",
         *,
+        prepared_adjoint: "_Summaries | None" = None,
+        **prepared: Any,
+    ) -> tuple[Gradients, jax.Array]:
+        """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
+        del state_in, prepared
+        return self._gradients(
+            q, k, v, gates, dout, dstate_out, lambda *_: intra.states, intra.decayed, prepared_adjoint
+        )
+
+    def _before_gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        state_in: jax.Array,
+        *,
         prepared: "_Summaries | None" = None,
         prepared_adjoint: "_Summaries | None" = None,
         decayed: Decayed | None = None,
         states: jax.Array | None = None,
-    ) -> tuple[Gradients, jax.Array]:
-        """The gradients of the whole replay, given what `replay_intra_adjoint` returned."""
-        del state_in, prepared, decayed, states
+    ) -> tuple[States, Decayed | None]:
+        del prepared_adjoint
         work = self._work(k, v, gates)
-        later = prepared_adjoint or self._work(q, dout, gates).summaries(
-            reverse=True, scale=self.scale, intra=intra.decayed, needed=False
+        decayed = decayed or work.decays.intra(_pad(q), work.keys, self.scale)
+        if states is not None:
+            return lambda *_: states, decayed
+        prepared = prepared or self.prepare(k, v, gates)
+        entering, _ = prepared.enter(work.pad_state(state_in))
+
+        def compute(*earlier: jax.Array) -> jax.Array:
+            waiting, *_ = lax.optimization_barrier((entering, *earlier))
+            return work.decays.chunk_states(work.keys, work.values, prepared.totals, waiting, prepared.walk, decayed)
+
+        return compute, decayed
+
+    def _gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        gates: jax.Array,
+        dout: jax.Array,
+        dstate_out: jax.Array,
+        states: States,
+        decayed: Decayed | None,
+        later: "_Summaries | None",
+    ) -> tuple[Gradients, jax.Array]:
+        work = self._work(k, v, gates)
+        later = later or self._work(q, dout, gates).summaries(
+            reverse=True, scale=self.scale, intra=decayed, needed=False
         )
         leaving, dstate_in = later.enter(work.pad_state(dstate_out))
         (dq, dk, dv, dgates), left = work.decays.gradients(
@@ -225,11 +259,11 @@ class HopperBackend(Backend):
             work.keys,
             work.values,
             _pad(dout.astype(v.dtype)),
-            intra.states,
+            states,
             leaving,
             later.walk,
             self.scale,
-            intra.decayed,
+            decayed,
         )
         dgates = work.cut(dgates, gates.shape[-1])
         if gates.shape[0] < dgates.shape[0]:
@@ -314,7 +348,7 @@ class _Work(NamedTuple):
         # The replay takes all keys together.
         blocks = batch * heads * (self.values.shape[-1] // TILE)
         count = stretches(blocks, tokens // CHUNK)
-        closed = not needed and (count == 1 or self.decays.may_close(reverse=reverse))
+        closed = not needed and (count == 1 or self.decays.closes_many_stretches)
         walk = Walk(tokens // CHUNK, count, reverse, closed)
         if not walk.summarized:
             return _Summaries(None, self.decays.totals(intra), walk)

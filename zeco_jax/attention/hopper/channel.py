@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from zeco_jax.attention.hopper.chunk_gradients import chunk_gradients
 from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replay_channel import replay_channel
-from zeco_jax.attention.hopper.replayed import Replayed, only
+from zeco_jax.attention.hopper.replayed import Replayed, States, only
 from zeco_jax.attention.hopper.states import chunk_states, stretch_states
 from zeco_jax.attention.hopper.tile import CHUNK, FACTORED_LIMIT, HALF, TILE, WEAKEST_GATE
 from zeco_jax.attention.hopper.walk import Walk
@@ -20,11 +20,8 @@ class ChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
-    def may_close(self, *, reverse: bool) -> bool:
-        """Whether walks of several stretches may be closed."""
-        # The summary of a stretch comes with the sums of its chunks' gates, which the replay needs of all stretches.
-        del reverse
-        return False
+    # The summary of a stretch comes with the sums of its chunks' gates, which the replay needs of all stretches.
+    closes_many_stretches = False
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
@@ -87,7 +84,7 @@ class ChannelDecays(NamedTuple):
         k: jax.Array,
         v: jax.Array,
         dout: jax.Array,
-        states: jax.Array,
+        states: States,
         leaving: jax.Array,
         walk: Walk,
         scale: float,
@@ -98,7 +95,7 @@ class ChannelDecays(NamedTuple):
         del intra
         options = {"scale": scale, "interpret": self.interpret}
         cotangents, totals, *left = chunk_states(q, dout, self.gates, leaving, walk=walk, **options)
-        gradients = channel_gradients(q, k, v, self.gates, dout, totals, states, cotangents, **options)
+        gradients = channel_gradients(q, k, v, self.gates, dout, totals, states(), cotangents, **options)
         return gradients, only(left)
 
 

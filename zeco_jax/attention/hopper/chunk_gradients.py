@@ -130,7 +130,6 @@ def chunk_gradients(
         # A block of threads goes through all tiles of the values.
         state=(batch, heads, width, TILE),
         interpret=interpret,
-        auto_barriers=False,
     )
     return tuple(gradients)
 

@@ -82,8 +82,8 @@ def chunk_gradients_scalar(
             "dout_tile": values,
             "state_tile": borders,
             "leaving_tile": borders,
-            # The gates' sums, and the positions.
-            "vectors": plgpu.SMEM((2, CHUNK), jnp.float32),
+            # The gates' sums, and the positions, for each warpgroup its own: nothing else makes the two wait.
+            "vectors": plgpu.SMEM((1 + COMPUTING, CHUNK), jnp.float32),
             "keys_fetched": plgpu.Barrier(num_arrivals=2 * COMPUTING + 1),
             "keys_used": plgpu.Barrier(num_arrivals=COMPUTING),
             "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
@@ -132,7 +132,7 @@ def _gradients(
     warpgroup = lax.axis_index("warpgroup")
     steps = walk.steps(stretch)
     value_tiles = v.shape[-1] // TILE
-    sums_tile, positions = vectors.at[0], vectors.at[1]
+    sums_tile = vectors.at[0]
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
@@ -179,8 +179,9 @@ def _gradients(
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         stage = stage_of(staging, warpgroup)
-        # Both warpgroups write the same.
+        positions = vectors.at[1 + warpgroup]
         write_positions(positions)
+        plgpu.commit_smem()
 
         @pl.loop(0, steps + nothing[0])
         def _step(step: jax.Array) -> None:
@@ -228,6 +229,8 @@ def _gradients(
                 (dk_own, [(flipped.astype(jnp.bfloat16), own_q)]),
                 staging=stage,
             )
+            # Every warp is done with its products, here and below.
+            plgpu.commit_smem()
             own_q[...], own_k[...] = tile.split(scores * flipped)
             plgpu.commit_smem()
             row, column = tokens_at(positions)
@@ -237,6 +240,7 @@ def _gradients(
             z[*part, tokens] = jnp.sum(jnp.where(column >= row, moved, 0.0), axis=1)
 
             own_keys = pl.ds((key_tile * COMPUTING + mine) * HALF, HALF)
+            plgpu.commit_smem()
             for gradient, work, target in ((dq_own, own_q, dq), (dk_own, own_k, dk)):
                 tile.write(work, gradient.astype(jnp.bfloat16))
                 plgpu.copy_smem_to_gmem(work, target.at[batch, tokens, head, own_keys])

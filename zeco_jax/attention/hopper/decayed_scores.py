@@ -23,6 +23,8 @@ from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TIL
 from zeco_jax.attention.hopper.walk import Walk
 
 _SLOTS = 2
+# Columns of a product.
+_FEWEST = 8
 _FLIPPED = (1, 0)
 
 
@@ -171,18 +173,20 @@ def _score(
                 slot = lax.rem(place, _SLOTS)
                 plgpu.barrier_wait(fetched.at[slot])
                 q_own, k_own = q_tile.at[slot, :, own], k_tile.at[slot, :, own]
-                tile.write_split(pair, jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE))
+                gate = jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE)
+                # What is about to be written over has left, and every warp is done with its products.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                tile.write_split(pair, gate)
                 plgpu.commit_smem()
                 parts = [pair.at[i + zero] for i in range(2)]
                 since, later = tile.products(
                     *(((CHUNK, HALF), [(triangle, x) for x in parts]) for triangle in (lower, above)),
                     staging=stage,
                 )
-                high, low = tile.split(tile.load(q_own) * (jnp.exp(since) * scale))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                own_queries[...] = high
                 own_keys[...] = (tile.load(k_own) * jnp.exp(later)).astype(jnp.bfloat16)
                 factored_keys[...] = (tile.load(k_own) * jnp.exp(-since)).astype(jnp.bfloat16)
+                high, low = tile.split(tile.load(q_own) * (jnp.exp(since) * scale))
+                own_queries[...] = high
                 plgpu.barrier_arrive(used.at[slot])
                 plgpu.commit_smem()
                 places = pl.ds(key_tile * TILE + mine * HALF, HALF)
@@ -191,7 +195,17 @@ def _score(
                 part, total = tile.added_products(
                     (part, [(x, factored_keys.transpose(_FLIPPED)) for x in (high, low)]),
                     # The two triangles together are ones alone: every column is the same but for rounding.
-                    (tile.zeros(HALF, CHUNK), [(x.transpose(_FLIPPED), y) for x in parts for y in (lower, above)]),
+                    (
+                        tile.zeros(HALF, _FEWEST),
+                        [
+                            (x.transpose(_FLIPPED), y)
+                            for x in parts
+                            for y in (
+                                lower.at[pl.ds(0, _FEWEST)].transpose(_FLIPPED),
+                                above.at[pl.ds(0, _FEWEST)].transpose(_FLIPPED),
+                            )
+                        ],
+                    ),
                     staging=stage,
                 )
                 totals[batch, head, chunk, places] = jnp.max(total, axis=1)

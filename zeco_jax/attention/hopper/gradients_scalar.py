@@ -274,6 +274,8 @@ def _gradients(
                 (zeros(), [(values.at[:, side], term) for side, term in zip(sides, leaving_of_sides, strict=True)]),
             )
             plgpu.barrier_arrive(leaving_read)
+            # Every warp is done with its products, here and below.
+            plgpu.commit_smem()
             tile.write(second, dv_own.astype(jnp.bfloat16))
             plgpu.copy_smem_to_gmem(second, dv.at[batch, tokens, head, own_channels])
 
@@ -288,6 +290,7 @@ def _gradients(
             )
             dk_own, *later = added((dk_own, [(weights, queries.at[:, own])]), *jobs)
             plgpu.barrier_arrive(used.at[slot])
+            plgpu.commit_smem()
             tile.write(first, dk_own.astype(jnp.bfloat16))
             plgpu.copy_smem_to_gmem(first, dk.at[batch, tokens, head, own_channels])
             return tuple(later)

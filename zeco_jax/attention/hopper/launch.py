@@ -27,13 +27,14 @@ def launch(
     stretches: int,
     state: tuple[int, int, int, int],
     interpret: bool,
-    auto_barriers: bool = True,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel.
 
     Args:
         body: takes the references of inputs, of a `nothing` and of outputs, and by name the scratch memory and
             `staging` (see `tile.products`). `nothing[0]` is a zero that the compiler doesn't know, see `hidden_zero`.
+            The warps of a warpgroup wait for each other in `commit_smem` and `wait_smem_to_gmem` alone: one of them
+            belongs between a product and a store to what it read, and between a store and whoever reads it.
         inputs: arrays in device memory.
         outputs: what the kernel writes.
         scratch: shared memory and barriers.
@@ -41,7 +42,6 @@ def launch(
         stretches: how many; each is walked by a block of threads for each tile of the state.
         state: the shape of the state, [B, H, K, V], K and V multiples of TILE.
         interpret: simulate the kernel.
-        auto_barriers: warpgroups wait for all of their warps before and after each store; otherwise `body` sees to it.
 
     Returns:
         The outputs.
@@ -75,7 +75,7 @@ def launch(
         thread_name="warpgroup",
         # No reduction here goes across warps, so none needs memory for it.
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=16, unsafe_no_auto_barriers=not auto_barriers
+            approx_math=True, reduction_scratch_bytes=16, unsafe_no_auto_barriers=True
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )

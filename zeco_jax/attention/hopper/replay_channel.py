@@ -269,6 +269,8 @@ def _replay(
 
         def park(state: jax.Array) -> None:
             own_parked[...] = state
+            # Read back by other threads of the warpgroup.
+            plgpu.commit_smem()
 
         def last(state: jax.Array) -> None:
             for target in left:

@@ -150,6 +150,9 @@ def _replay(
                 if kept:
                     # The state before; behind the last one of a chunk went the outputs, which may be under way.
                     plgpu.wait_smem_to_gmem(0 if next_states else 1, wait_read_only=True)
+                elif next_states:
+                    # Every warp is done with its products.
+                    plgpu.commit_smem()
                 own_state[...] = state.astype(jnp.bfloat16)
                 if not next_states:
                     plgpu.barrier_wait(fetched.at[slot])

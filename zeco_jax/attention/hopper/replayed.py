@@ -1,11 +1,14 @@
 """What a replay returns, whatever the decays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 
 from zeco_jax.attention.hopper.walk import Walk
+
+States = Callable[..., jax.Array]
+"""Gives the states that enter the chunks, [B, H, chunks, K, V] bfloat16, and not before its arguments are there."""
 
 
 class Replayed(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from zeco_jax.attention.hopper.gradients_scalar import gate_gradient, gradients_scalar
 from zeco_jax.attention.hopper.replay_scalar import replay_scalar
-from zeco_jax.attention.hopper.replayed import Replayed, only
+from zeco_jax.attention.hopper.replayed import Replayed, States, only
 from zeco_jax.attention.hopper.states_scalar import chunk_states_scalar, stretch_states_scalar
 from zeco_jax.attention.hopper.tile import CHUNK, WEAKEST_GATE
 from zeco_jax.attention.hopper.walk import Walk
@@ -19,6 +19,9 @@ class ScalarDecays(NamedTuple):
     sums: jax.Array
     interpret: bool
 
+    # Narrow heads have many stretches: one summary less saves little.
+    closes_many_stretches = False
+
     @classmethod
     def of(cls, gates: jax.Array, interpret: bool) -> "ScalarDecays":
         """From gates [B or 1, T, H, 1], any T: those that are missing to a whole chunk don't decay."""
@@ -26,12 +29,6 @@ class ScalarDecays(NamedTuple):
         gates = jnp.pad(gates, ((0, 0), (0, 0), (0, -gates.shape[2] % CHUNK)))
         chunks = gates.reshape(*gates.shape[:2], -1, CHUNK)
         return cls(jnp.cumsum(chunks, axis=-1).reshape(gates.shape), interpret)
-
-    def may_close(self, *, reverse: bool) -> bool:
-        """Whether walks of several stretches may be closed."""
-        # Narrow heads have many stretches: one summary less saves little.
-        del reverse
-        return False
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
@@ -81,7 +78,7 @@ class ScalarDecays(NamedTuple):
         k: jax.Array,
         v: jax.Array,
         dout: jax.Array,
-        states: jax.Array,
+        states: States,
         leaving: jax.Array,
         walk: Walk,
         scale: float,
@@ -90,6 +87,6 @@ class ScalarDecays(NamedTuple):
         """The gradients of q, k, v and the gates [B, T, H, 1], and that of a state that a closed walk ends with."""
         del intra
         dq, dk, dv, z, u, w, x, *left = gradients_scalar(
-            q, k, v, self.sums, dout, states, leaving, walk=walk, scale=scale, interpret=self.interpret
+            q, k, v, self.sums, dout, states(), leaving, walk=walk, scale=scale, interpret=self.interpret
         )
         return (dq, dk, dv, gate_gradient(z, u, w, x)), only(left)

@@ -12,7 +12,7 @@ from zeco_jax.attention.hopper.decayed_scores import decayed_scores
 from zeco_jax.attention.hopper.decayed_states import decayed_chunk_states, decayed_stretch_states
 from zeco_jax.attention.hopper.exact_scores import exact_scores
 from zeco_jax.attention.hopper.plan import stretches
-from zeco_jax.attention.hopper.replayed import Replayed, only
+from zeco_jax.attention.hopper.replayed import Replayed, States, only
 from zeco_jax.attention.hopper.tile import CHUNK, FACTORED_LIMIT, TILE
 from zeco_jax.attention.hopper.walk import Walk
 
@@ -23,10 +23,7 @@ class WideChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
-    def may_close(self, *, reverse: bool) -> bool:
-        """Whether walks of several stretches may be closed."""
-        # In reverse XLA then computes the chunks' states before their cotangents and holds all scores beside both.
-        return not reverse
+    closes_many_stretches = True
 
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: Decayed | None = None
@@ -87,7 +84,7 @@ class WideChannelDecays(NamedTuple):
         k: jax.Array,
         v: jax.Array,
         dout: jax.Array,
-        states: jax.Array,
+        states: States,
         leaving: jax.Array,
         walk: Walk,
         scale: float,
@@ -102,7 +99,8 @@ class WideChannelDecays(NamedTuple):
             self.gates,
             dout,
             intra.totals,
-            states,
+            # After the cotangents, so that these are all that is held beside the scores.
+            states(cotangents),
             cotangents,
             scale=scale,
             interpret=self.interpret,

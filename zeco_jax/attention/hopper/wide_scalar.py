@@ -8,7 +8,7 @@ from zeco_jax.attention.hopper.chunk_gradients_scalar import chunk_gradients_sca
 from zeco_jax.attention.hopper.gradients_scalar import gate_gradient
 from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replay_scalar import replay_scalar
-from zeco_jax.attention.hopper.replayed import Replayed, only
+from zeco_jax.attention.hopper.replayed import Replayed, States, only
 from zeco_jax.attention.hopper.scalar import ScalarDecays
 from zeco_jax.attention.hopper.tile import TILE
 from zeco_jax.attention.hopper.walk import Walk
@@ -17,10 +17,7 @@ from zeco_jax.attention.hopper.walk import Walk
 class WideScalarDecays(ScalarDecays):
     """As `ScalarDecays`; the chunks' states, larger than all else, are computed again instead of kept."""
 
-    def may_close(self, *, reverse: bool) -> bool:
-        """Whether walks of several stretches may be closed."""
-        del reverse
-        return True
+    closes_many_stretches = True
 
     def replay(self, *arguments: Any, keep_states: bool = False, **options: Any) -> Replayed:
         """The outputs, and the state that a closed walk ends with."""
@@ -33,7 +30,7 @@ class WideScalarDecays(ScalarDecays):
         k: jax.Array,
         v: jax.Array,
         dout: jax.Array,
-        states: jax.Array,
+        states: States,
         leaving: jax.Array,
         walk: Walk,
         scale: float,
@@ -45,5 +42,8 @@ class WideScalarDecays(ScalarDecays):
         dv, *left, cotangents = replay_scalar(q, k, dout, self.sums, leaving, walk=walk, keep_states=True, **options)
         batch, _, heads, width = q.shape
         walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks))
-        dq, dk, *gate_parts = chunk_gradients_scalar(q, k, v, self.sums, dout, states, cotangents, walk=walk, **options)
+        # The states last: both they and their cotangents are large.
+        dq, dk, *gate_parts = chunk_gradients_scalar(
+            q, k, v, self.sums, dout, states(cotangents), cotangents, walk=walk, **options
+        )
         return (dq, dk, dv, gate_gradient(*gate_parts)), only(left)

@@ -77,6 +77,10 @@ class TestHopperInOneStretch(OneStretch, LinearAttentionContract):
         case("channel-late", "channel", ("gla",), 190, segments="late"),
         case("channel-late-two-by-one", "channel", ("gla",), 190, key_width=144, segments="late"),
         case("token-chunks", "token", ("gla",), 190),
+        # Two heads in a tile, one of which decays strongly.
+        case("channel-chunks-paired", "channel", ("sometimes_zero", "gla"), 190, key_width=40, value_width=64),
+        case("channel-late-paired", "channel", ("gla", "gla"), 190, key_width=64, segments="late"),
+        case("token-chunks-paired", "token", ("mixed", "gla"), 190, key_width=64, value_width=24),
         case("token-chunks-two-by-two", "token", ("gla",), 190, key_width=144, value_width=136, segments="odd_places"),
     )
 
@@ -108,15 +112,25 @@ class TestHopperOnGpu(LinearAttentionContract):
 @pytest.mark.gpu
 class TestHopperInOneStretchOnGpu(OneStretch, LinearAttentionContract):
     attend = staticmethod(partial(zeco_jax.linear_attention, backend="hopper"))
-    covers = tuple(
-        # Several sequences: a token's gate has a gradient of some 20,000 products that add up to little by chance.
-        case(f"{decay}-chunks-{key_width}-{value_width}", decay, cases.EVERY_REGIME, 320, batch=4, **widths)
-        for decay in ("channel", "token")
-        for key_width, value_width in ((128, 128), (128, 256), (256, 128), (256, 512))
-        for widths in ({"key_width": key_width, "value_width": value_width},)
-    ) + tuple(
-        case(f"channel-late-{width}", "channel", ("gla",), 320, key_width=width, segments="late")
-        for width in (128, 256)
+    covers = (
+        tuple(
+            # Several sequences: a token's gate has a gradient of some 20,000 products that add up to little by chance.
+            case(f"{decay}-chunks-{key_width}-{value_width}", decay, cases.EVERY_REGIME, 320, batch=4, **widths)
+            for decay in ("channel", "token")
+            for key_width, value_width in ((128, 128), (128, 256), (256, 128), (256, 512))
+            for widths in ({"key_width": key_width, "value_width": value_width},)
+        )
+        + tuple(
+            # An even number of heads that are so narrow is paired.
+            case(
+                f"{decay}-chunks-64-64", decay, (*cases.EVERY_REGIME, "gla"), 320, batch=4, key_width=64, value_width=64
+            )
+            for decay in ("channel", "token")
+        )
+        + tuple(
+            case(f"channel-late-{width}", "channel", regimes, 320, key_width=width, segments="late")
+            for width, regimes in ((64, ("gla", "gla")), (128, ("gla",)), (256, ("gla",)))
+        )
     )
 
 
@@ -196,6 +210,23 @@ def test_the_part_that_needs_no_state_can_be_done_before():
         return backend.replay_inter(q, k, v, gates, state, intra, prepared=prepared)
 
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (out, in_two(q, k, v, gates, state))))
+
+
+@pytest.mark.parametrize("decay", ["channel", "token"])
+def test_paired_heads_are_independent(decay):
+    """What one of two heads that share a tile is given changes nothing of the other's results."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 2, 64)), jnp.bfloat16) for _ in range(3))
+    gates = jnp.asarray(-rng.uniform(size=q.shape if decay == "channel" else q.shape[:3]), jnp.float32)
+    arguments = (q, k, v, gates)
+    others = (*(x.at[:, :, 1].set(3 * x[:, :, 1]) for x in (q, k, v)), gates.at[:, :, 1].set(-90))
+    (out, state), pull = jax.vjp(simulated, *arguments)
+    (other_out, other_state), other_pull = jax.vjp(simulated, *others)
+    np.testing.assert_array_equal(out[:, :, 0], other_out[:, :, 0])
+    np.testing.assert_array_equal(state[:, 0], other_state[:, 0])
+    cotangents = jnp.ones_like(out), jnp.ones_like(state)
+    for name, x, y in zip(("q", "k", "v", "log_decay"), pull(cotangents), other_pull(cotangents), strict=True):
+        np.testing.assert_array_equal(x[:, :, 0], y[:, :, 0], err_msg=name)
 
 
 def gradients(attend, *arguments):

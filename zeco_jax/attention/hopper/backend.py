@@ -13,7 +13,7 @@ from zeco_jax.attention.hopper.decayed_replay import Decayed
 from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replayed import States
 from zeco_jax.attention.hopper.scalar import ScalarDecays
-from zeco_jax.attention.hopper.tile import CHUNK, TILE
+from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, TILE
 from zeco_jax.attention.hopper.walk import Walk
 from zeco_jax.attention.hopper.wide_channel import WideChannelDecays
 from zeco_jax.attention.hopper.wide_scalar import WideScalarDecays
@@ -70,7 +70,8 @@ class HopperBackend(Backend):
         """What the tokens do to a state; needs no state from outside."""
         prepared = prepared or self.prepare(k, v, gates)
         state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]))[1]
-        decay = jnp.broadcast_to(jnp.exp(jnp.sum(prepared.totals, axis=2)), state.shape[:-1])
+        decay = jnp.exp(jnp.sum(_by_head(prepared.totals, state.shape[1]), axis=2))
+        decay = jnp.broadcast_to(decay, state.shape[:-1])
         return Summary(decay[..., : k.shape[-1]], state[..., : k.shape[-1], : v.shape[-1]])
 
     def replay(
@@ -101,11 +102,11 @@ class HopperBackend(Backend):
         """As `replay`; keeps summaries, what was decayed, and the chunks' states where the kernel can write them."""
         work = self._work(k, v, gates)
         if prepared is None:
-            intra = intra or work.decays.intra(_pad(q), work.keys, self.scale)
+            intra = intra or work.decays.intra(work.pack(q), work.keys, self.scale)
             prepared = checkpointed("attention_summaries", work.summaries(intra=intra, needed=False))
         entering, state_out = prepared.enter(work.pad_state(state_in))
         out, left, states = work.decays.replay(
-            _pad(q),
+            work.pack(q),
             work.keys,
             work.values,
             prepared.totals,
@@ -135,7 +136,7 @@ class HopperBackend(Backend):
         """With states of several tiles: queries, keys and scores, decayed."""
         del prepared
         work = self._work(k, v, gates)
-        return work.decays.intra(_pad(q), work.keys, self.scale)
+        return work.decays.intra(work.pack(q), work.keys, self.scale)
 
     def replay_inter(
         self,
@@ -225,7 +226,7 @@ class HopperBackend(Backend):
     ) -> tuple[States, Decayed | None]:
         del prepared_adjoint
         work = self._work(k, v, gates)
-        decayed = decayed or work.decays.intra(_pad(q), work.keys, self.scale)
+        decayed = decayed or work.decays.intra(work.pack(q), work.keys, self.scale)
         if states is not None:
             return lambda *_: states, decayed
         prepared = prepared or self.prepare(k, v, gates)
@@ -255,10 +256,10 @@ class HopperBackend(Backend):
         )
         leaving, dstate_in = later.enter(work.pad_state(dstate_out))
         (dq, dk, dv, dgates), left = work.decays.gradients(
-            _pad(q),
+            work.pack(q),
             work.keys,
             work.values,
-            _pad(dout.astype(v.dtype)),
+            work.pack(dout.astype(v.dtype)),
             states,
             leaving,
             later.walk,
@@ -288,7 +289,7 @@ class _Summaries:
 
     Attributes:
         states: [B, H, summarized, K, V], what the summarized stretches leave of a state of zeros; None without any.
-        totals: [B, H, chunks, K or 1], the chunks' gates.
+        totals: [B, H, chunks, K or 1], the chunks' gates; of paired heads side by side.
         walk: the stretches.
     """
 
@@ -300,7 +301,7 @@ class _Summaries:
         """The states that enter the stretches, from that of the first one walked; and what leaves, unless closed."""
         walk = self.walk
         order = -1 if walk.reverse else 1
-        decays = jnp.exp(jnp.sum(walk.by_stretch(self.totals), axis=3))
+        decays = jnp.exp(_by_head(jnp.sum(walk.by_stretch(self.totals), axis=3), first.shape[1]))
         entered = [first]
         # Not a scan: unrolled, XLA makes one kernel of it.
         for index, stretch in list(enumerate(walk.summarized))[::order]:
@@ -310,28 +311,43 @@ class _Summaries:
 
 
 class _Work(NamedTuple):
-    """Arrays in whole chunks and tiles, and what they were before."""
+    """Arrays in whole chunks and tiles, and what they were before.
+
+    Heads of at most half a tile are paired where their number is even: two of them lie side by side in a tile.
+    """
 
     keys: jax.Array
     values: jax.Array
     decays: ChannelDecays | WideChannelDecays | ScalarDecays
     tokens: int
+    heads: int
     key_width: int
     value_width: int
 
     @classmethod
     def of(cls, keys: jax.Array, values: jax.Array, gates: jax.Array, *, interpret: bool) -> "_Work":
         """Pads keys and values with zeros that add nothing, and gates."""
-        tokens, key_width, value_width = keys.shape[1], keys.shape[-1], values.shape[-1]
-        keys, values = _pad(keys), _pad(values)
+        _, tokens, heads, key_width = keys.shape
+        value_width = values.shape[-1]
+        paired = max(key_width, value_width) <= HALF and heads % COMPUTING == 0
+        keys, values = _pack(keys, paired), _pack(values, paired)
         is_wide = max(keys.shape[-1], values.shape[-1]) > TILE
         if gates.shape[-1] == 1:
-            decays = (WideScalarDecays if is_wide else ScalarDecays).of(gates, interpret)
+            decays = (WideScalarDecays if is_wide else ScalarDecays).of(gates, interpret, paired)
         elif is_wide:
-            decays = WideChannelDecays(_pad_gates(gates), interpret)
+            decays = WideChannelDecays(_pack_gates(gates, paired), interpret)
         else:
-            decays = ChannelDecays(_pad_gates(gates), interpret)
-        return cls(keys, values, decays, tokens, key_width, value_width)
+            decays = ChannelDecays(_pack_gates(gates, paired), interpret, paired)
+        return cls(keys, values, decays, tokens, heads, key_width, value_width)
+
+    @property
+    def paired(self) -> bool:
+        """Whether a tile is two heads."""
+        return self.keys.shape[2] < self.heads
+
+    def pack(self, x: jax.Array) -> jax.Array:
+        """[B, T, H, K or V] as keys and values are here."""
+        return _pack(x, self.paired)
 
     def summaries(
         self, *, reverse: bool = False, scale: float = 1.0, intra: Decayed | None = None, needed: bool = True
@@ -356,7 +372,7 @@ class _Work(NamedTuple):
 
     def pad_state(self, state: jax.Array) -> jax.Array:
         """[B, H, K, V] in whole tiles."""
-        widths = [(0, 0), (0, 0), *((0, -width % TILE) for width in state.shape[2:])]
+        widths = [(0, 0), (0, 0), *((0, -width % _lane(self.paired)) for width in state.shape[2:])]
         return jnp.pad(state, widths)
 
     def cut_state(self, state: jax.Array) -> jax.Array:
@@ -365,14 +381,30 @@ class _Work(NamedTuple):
 
     def cut(self, x: jax.Array, width: int) -> jax.Array:
         """[B, T, H, width] without what was added."""
-        return x[:, : self.tokens, :, :width]
+        return x.reshape(*x.shape[:2], self.heads, -1)[:, : self.tokens, :, :width]
 
 
-def _pad(x: jax.Array) -> jax.Array:
+def _lane(paired: bool) -> int:
+    """What widths of heads are multiples of."""
+    return HALF if paired else TILE
+
+
+def _pack(x: jax.Array, paired: bool) -> jax.Array:
     """[B, T, H, width] in whole chunks of tokens and tiles of channels."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, -x.shape[3] % TILE)))
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, -x.shape[3] % _lane(paired))))
+    return x.reshape(*x.shape[:2], -1, TILE) if paired else x
 
 
-def _pad_gates(gates: jax.Array) -> jax.Array:
-    """As `_pad`; channels that are added decay as the last one, so that what cuts all of them still does."""
-    return _pad(jnp.pad(gates, ((0, 0), (0, 0), (0, 0), (0, -gates.shape[3] % TILE)), mode="edge"))
+def _pack_gates(gates: jax.Array, paired: bool) -> jax.Array:
+    """As `_pack`; channels that are added decay as the last one, so that what cuts all of them still does."""
+    widths = ((0, 0), (0, 0), (0, 0), (0, -gates.shape[3] % _lane(paired)))
+    return _pack(jnp.pad(gates, widths, mode="edge"), paired)
+
+
+def _by_head(x: jax.Array, heads: int) -> jax.Array:
+    """[B, H, n, K], from the same with K of two heads side by side where they are paired."""
+    if x.shape[1] == heads:
+        return x
+    batch, tiles, count, width = x.shape
+    by_half = x.reshape(batch, tiles, count, COMPUTING, width // COMPUTING)
+    return jnp.moveaxis(by_half, 3, 2).reshape(batch, heads, count, -1)

@@ -15,10 +15,14 @@ from zeco_jax.attention.hopper.walk import Walk
 
 
 class ChannelDecays(NamedTuple):
-    """Gates [B, T, H, TILE] float32, T a multiple of CHUNK; and whether the kernels are simulated. V is TILE, too."""
+    """Gates [B, T, H, TILE] float32, T a multiple of CHUNK; whether the kernels are simulated. V is TILE, too.
+
+    With `paired` each of these heads is two, see `tile.own_head`.
+    """
 
     gates: jax.Array
     interpret: bool
+    paired: bool = False
 
     # The summary of a stretch comes with the sums of its chunks' gates, which the replay needs of all stretches.
     closes_many_stretches = False
@@ -28,7 +32,7 @@ class ChannelDecays(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
         del intra
-        return stretch_states(keys, values, self.gates, walk=walk, scale=scale, interpret=self.interpret)
+        return stretch_states(keys, values, self.gates, walk=walk, scale=scale, **self._options)
 
     def totals(self, intra: None) -> jax.Array:
         """The chunks' gates without a kernel that sums them on its way, [B, H, chunks, K]."""
@@ -42,7 +46,7 @@ class ChannelDecays(NamedTuple):
     ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
         del totals, intra
-        return chunk_states(k, v, self.gates, entering, walk=walk, interpret=self.interpret)[0]
+        return chunk_states(k, v, self.gates, entering, walk=walk, **self._options)[0]
 
     def intra(self, q: jax.Array, k: jax.Array, scale: float) -> None:
         """Nothing: the replay needs the state for all it does."""
@@ -74,7 +78,7 @@ class ChannelDecays(NamedTuple):
             walk=walk,
             scale=scale,
             keep_states=keep_states,
-            interpret=self.interpret,
+            **self._options,
         )
         return Replayed.of(outputs, walk)
 
@@ -93,10 +97,14 @@ class ChannelDecays(NamedTuple):
         """The gradients of q, k, v and the gates, and the cotangent of a state that a closed walk ends with."""
         # Whoever writes the cotangents and whoever reads them decide by the same sums, bit for bit.
         del intra
-        options = {"scale": scale, "interpret": self.interpret}
+        options = {"scale": scale, **self._options}
         cotangents, totals, *left = chunk_states(q, dout, self.gates, leaving, walk=walk, **options)
         gradients = channel_gradients(q, k, v, self.gates, dout, totals, states(), cotangents, **options)
         return gradients, only(left)
+
+    @property
+    def _options(self) -> dict[str, bool]:
+        return {"paired": self.paired, "interpret": self.interpret}
 
 
 def channel_gradients(
@@ -110,6 +118,7 @@ def channel_gradients(
     cotangents: jax.Array,
     *,
     scale: float,
+    paired: bool = False,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     """The gradients of q, k, v (with states of one tile) and gates, from what is at the chunks' borders."""
@@ -128,6 +137,7 @@ def channel_gradients(
         cotangents,
         walk=walk,
         scale=scale,
+        paired=paired,
         interpret=interpret,
     )
 

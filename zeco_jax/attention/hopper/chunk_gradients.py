@@ -47,6 +47,7 @@ def chunk_gradients(
     *,
     walk: Walk,
     scale: float,
+    paired: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     r"""The gradients of queries, keys, values and gates, one tile of the keys at a time.
@@ -77,6 +78,7 @@ def chunk_gradients(
         leaving: [B, H, chunks, K, V] bfloat16, D; with states of one tile as `states.chunk_states` writes it.
         walk: which chunks a block of threads takes.
         scale: factor on the outputs.
+        paired: see `tile.own_head`; states and D are [B, 2 H, chunks, HALF, HALF].
         interpret: simulate the kernel.
 
     Returns:
@@ -86,8 +88,10 @@ def chunk_gradients(
     batch, _, heads, width = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
+    # Quarters of a tile of the state that half of the values meet; of paired heads as many warpgroups use them.
+    borders = 1 if paired else COMPUTING
     *gradients, _ = launch(
-        partial(_gradients, walk=walk, scale=scale),
+        partial(_gradients, walk=walk, scale=scale, paired=paired),
         (q, k, v, gates, dout, totals, strong, weakest, states, leaving),
         (
             bfloat16(*q.shape),
@@ -101,15 +105,15 @@ def chunk_gradients(
             "k_tile": halves,
             # The outputs' cotangents and the values.
             "values_tile": tile.bf16_tile(_SLOTS, 2, CHUNK, HALF),
-            "leaving_tile": tile.bf16_tile(_SLOTS, COMPUTING, HALF, HALF),
+            "leaving_tile": tile.bf16_tile(_SLOTS, borders, HALF, HALF),
             # Where they have been read, the two parts of what is summed over tokens take their place: each warpgroup's
             # in its own, as only its own warps are waited for.
             "gates_work": plgpu.RefUnion(tile.fp32_tile(COMPUTING, CHUNK, HALF), pairs),
             "state_work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, _SLOTS, HALF, HALF), pairs),
             # On the way to device memory, and again parts of sums.
             "staged": pairs,
-            # The products of outputs' cotangents and values, and the same flipped; a warpgroup computes one each.
-            "weights_tile": tile.bf16_tile(COMPUTING, *_SQUARE),
+            # The products of outputs' cotangents and values, flipped, too: of one head each warpgroup has one.
+            "weights_tile": tile.bf16_tile(2 * COMPUTING // borders, *_SQUARE),
             # Ones up to and including the diagonal, and below it.
             "triangles": tile.bf16_tile(2, *_SQUARE),
             # The gates' sums over the chunk, and in their place what crosses it; what `Passes` keeps.
@@ -118,10 +122,10 @@ def chunk_gradients(
             "used": plgpu.Barrier(num_arrivals=COMPUTING),
             "gates_fetched": plgpu.Barrier(num_arrivals=COMPUTING),
             "gates_used": plgpu.Barrier(num_arrivals=COMPUTING),
-            "values_fetched": plgpu.Barrier(num_arrivals=2 + COMPUTING, num_barriers=_SLOTS),
-            "values_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
-            "state_fetched": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
-            "state_used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
+            "values_fetched": plgpu.Barrier(num_arrivals=2 + borders, num_barriers=_SLOTS),
+            "values_used": plgpu.Barrier(num_arrivals=borders, num_barriers=_SLOTS),
+            "state_fetched": plgpu.Barrier(num_arrivals=borders, num_barriers=_SLOTS),
+            "state_used": plgpu.Barrier(num_arrivals=borders, num_barriers=_SLOTS),
             "prepared": plgpu.Barrier(num_arrivals=COMPUTING),
             "weighed": plgpu.Barrier(num_arrivals=COMPUTING),
         },
@@ -151,6 +155,7 @@ def _gradients(
     *others: Ref,
     walk: Walk,
     scale: float,
+    paired: bool,
     q_tile: Ref,
     k_tile: Ref,
     values_tile: Ref,
@@ -199,15 +204,19 @@ def _gradients(
                 for i, source in enumerate((dout, v)):
                     place = source.at[batch, tokens, head, of_values]
                     plgpu.copy_gmem_to_smem(place, values_tile.at[slot, i], full)
-                for i, of_keys in enumerate(key_halves):
-                    place = leaving.at[batch, head, chunk, of_keys, of_values]
+                for i, place in enumerate(parts(leaving, half)):
                     plgpu.copy_gmem_to_smem(place, leaving_tile.at[slot, i], full)
 
             def fetch_state(half: int | jax.Array, slot: int | jax.Array) -> None:
-                of_values, full = pl.ds(half * HALF, HALF), state_fetched.at[slot]
-                for i, of_keys in enumerate(key_halves):
-                    place = states.at[batch, head, chunk, of_keys, of_values]
-                    plgpu.copy_gmem_to_smem(place, state_tile.at[i, slot], full)
+                for i, place in enumerate(parts(states, half)):
+                    plgpu.copy_gmem_to_smem(place, state_tile.at[slot if paired else i, slot], state_fetched.at[slot])
+
+            def parts(of_chunks: Ref, half: int | jax.Array) -> list[Ref]:
+                """What half of the values meets, by halves of the keys; with paired heads all of one head."""
+                if paired:
+                    return [of_chunks.at[batch, tile.own_head(head, half, paired=paired), chunk]]
+                of_values = pl.ds(half * HALF, HALF)
+                return [of_chunks.at[batch, head, chunk, of_keys, of_values] for of_keys in key_halves]
 
             pl.when(again)(lambda: plgpu.barrier_wait(gates_used))
             for i, of_keys in enumerate(key_halves):
@@ -246,6 +255,13 @@ def _gradients(
         tile.write(triangles.at[warpgroup], tile.ones_where(columns - rows + warpgroup <= 0))
         plgpu.barrier_arrive(weighed)
         plgpu.barrier_wait(weighed)
+
+        def meet(barrier: Ref) -> None:
+            """Both warpgroups have come here; with paired heads neither needs the other."""
+            if not paired:
+                plgpu.barrier_arrive(barrier)
+                plgpu.barrier_wait(barrier)
+
         own_keys = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
 
         def strong_halves(chunk: jax.Array) -> list[jax.Array]:
@@ -266,6 +282,8 @@ def _gradients(
             found = exact.at[batch, head, stretch, key_tile]
             own_strong = strong[batch, head, chunk, key_tile * COMPUTING + mine] != 0
             own_vector = vector.at[tile.half(mine)]
+            # With paired heads each half of the values is a warpgroup's.
+            own_slots = [mine] if paired else [slot + zero for slot in range(_SLOTS)]
 
             plgpu.barrier_wait(gates_fetched)
             gate = jnp.maximum(tile.load(gates_tile.at[mine]), tile.WEAKEST_GATE)
@@ -297,21 +315,22 @@ def _gradients(
             own_q[...] = (tile.load(own_q) * (jnp.exp(of_queries) * scale)).astype(jnp.bfloat16)
             own_k[...] = (tile.load(own_k) * jnp.exp(of_keys)).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(prepared)
-            plgpu.barrier_wait(prepared)
+            meet(prepared)
 
             def score() -> tuple[jax.Array, jax.Array]:
                 """The scores, tokens of keys first, in two parts."""
-                terms = [(k_tile.at[i + zero], q_tile.at[i + zero].transpose(_FLIPPED)) for i in range(COMPUTING)]
+                halves = [mine] if paired else [i + zero for i in range(COMPUTING)]
+                terms = [(k_tile.at[i], q_tile.at[i].transpose(_FLIPPED)) for i in halves]
                 if some_strong:
+                    of_halves = [own_strong] if paired else [half != 0 for half in strong_halves(chunk)]
                     scores = sum(
                         lax.cond(
-                            half_strong != 0,
+                            half_strong,
                             lambda _, i=i: tile.load_global(found.at[i, 0]),
                             lambda x: x,
-                            product(_SQUARE, terms[i]),
+                            product(_SQUARE, term),
                         )
-                        for i, half_strong in enumerate(strong_halves(chunk))
+                        for i, half_strong, term in zip(halves, of_halves, terms, strict=True)
                     )
                 else:
                     scores = product(_SQUARE, *terms)
@@ -319,11 +338,12 @@ def _gradients(
 
             scores = score() if dvs else ()
 
-            def write_weights(weights: jax.Array) -> None:
-                side = mine.astype(jnp.float32)
+            def write_weights(weights: jax.Array, side: jax.Array) -> None:
+                flipped = side.astype(jnp.float32)
                 # Up to and including the diagonal; flipped, from it on.
-                counts = side + (1.0 - 2.0 * side) * tile.load(triangles.at[mine])
-                weights_tile.at[mine][...] = (weights * counts).astype(jnp.bfloat16)
+                counts = flipped + (1.0 - 2.0 * flipped) * tile.load(triangles.at[side])
+                own_weights = weights_tile.at[2 * mine + side if paired else side]
+                own_weights[...] = (weights * counts).astype(jnp.bfloat16)
 
             def diagonal(x: jax.Array) -> jax.Array:
                 return jnp.sum(x * (tile.load(lower) - tile.load(below)), axis=1)
@@ -332,11 +352,12 @@ def _gradients(
                 """Of the weights, the gradients of queries and keys, and what crosses, from half a tile of values."""
                 mine = warpgroup + zero
                 values, own_state = values_tile.at[slot], state_tile.at[mine, slot]
-                own_leaving = leaving_tile.at[slot, mine].transpose(_FLIPPED)
+                own_leaving = leaving_tile.at[slot, zero if paired else mine].transpose(_FLIPPED)
                 plgpu.barrier_wait(values_fetched.at[slot])
                 plgpu.barrier_wait(state_fetched.at[slot])
+                sides = (zero, 1 + zero) if paired else (mine,)
                 return (
-                    (values.at[mine], values.at[1 - mine].transpose(_FLIPPED)),
+                    *((values.at[side], values.at[1 - side].transpose(_FLIPPED)) for side in sides),
                     (values.at[zero], own_state.transpose(_FLIPPED)),
                     (values.at[1 + zero], own_leaving),
                     # The diagonal of a product is cheaper than products of numbers, which would have to be read first.
@@ -354,20 +375,24 @@ def _gradients(
 
             if dvs:
                 (dv,) = dvs
-                slots = [slot + zero for slot in range(_SLOTS)]
-                jobs = zip(*(factors(slot, zero) for slot in slots), strict=True)
-                of_weights, *of_gradients, of_crossing = jobs
+                jobs = zip(*(factors(slot, zero) for slot in own_slots), strict=True)
+                *of_weights, of_queries_gradient, of_keys_gradient, of_crossing = jobs
                 # Not at once: the registers hold no more.
-                write_weights(product(_SQUARE, *of_weights))
-                dq_state, dk_state = products(*((_SQUARE, terms) for terms in of_gradients))
+                for i, terms in enumerate(of_weights):
+                    write_weights(product(_SQUARE, *terms), i + zero if paired else mine)
+                dq_state, dk_state = products((_SQUARE, of_queries_gradient), (_SQUARE, of_keys_gradient))
                 crossing = diagonal(product(_SQUARE, *of_crossing))
                 own = tile.half(mine)
                 dv_own = product(
                     _SQUARE,
                     *((part, values_tile.at[mine, zero]) for part in scores),
-                    *((k_tile.at[i + zero], leaving_tile.at[mine, i + zero]) for i in range(COMPUTING)),
+                    *(
+                        [(own_k, leaving_tile.at[mine, zero])]
+                        if paired
+                        else [(k_tile.at[i + zero], leaving_tile.at[mine, i + zero]) for i in range(COMPUTING)]
+                    ),
                 )
-                for slot in slots:
+                for slot in own_slots:
                     plgpu.barrier_arrive(values_used.at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 own_staged.at[0][...] = dv_own.astype(jnp.bfloat16)
@@ -388,7 +413,7 @@ def _gradients(
                     total = jnp.where(total < FACTORED_LIMIT, 0.0, total)
                 dk_state *= tile.along_columns(jnp.exp(total), CHUNK)
                 crossing = diagonal(crossing) * jnp.exp(tile.load_global(own_vector, layout=tile.ROW))
-                write_weights(weights)
+                write_weights(weights, mine)
                 # Every warp has read the state, which the pair displaces; above, the barriers around dv see to it.
                 plgpu.commit_smem()
             tile.write_split(late_pair, tile.load(own_k) * dk_state)
@@ -399,10 +424,10 @@ def _gradients(
             plgpu.commit_smem()
             own_vector[...] = crossing
             plgpu.commit_smem()
-            plgpu.barrier_arrive(weighed)
-            plgpu.barrier_wait(weighed)
+            meet(weighed)
 
-            de, de_flipped = weights_tile.at[zero], weights_tile.at[1 + zero]
+            first = 2 * mine if paired else zero
+            de, de_flipped = weights_tile.at[first], weights_tile.at[first + 1]
             de_left, de_flipped_left = de, de_flipped
             if some_strong:
                 for i, x in enumerate((dq_state, dk_state), start=_FOUND):
@@ -427,8 +452,8 @@ def _gradients(
             moved = tile.load(own_q) * dq_own - tile.load(own_k) * dk_own
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile.write_split(own_staged, moved)
-            for slot in range(_SLOTS):
-                plgpu.barrier_arrive(state_used.at[slot + zero])
+            for slot in own_slots:
+                plgpu.barrier_arrive(state_used.at[slot])
             plgpu.barrier_arrive(used)
             if some_strong:
                 of_queries, of_keys = exponents()

@@ -20,6 +20,14 @@ def sums_of(sums: Ref, batch: jax.Array, head: jax.Array, tokens: slice) -> Ref:
     return sums.at[batch if sums.shape[0] > 1 else 0, head, tokens]
 
 
+def fetch_sums(
+    sums: Ref, batch: jax.Array, head: jax.Array, tokens: slice, target: Ref, barrier: Ref, *, paired: bool
+) -> None:
+    """Fetches the sums of some tokens, for each head of a tile (`tile.heads_of`) one row of `target`."""
+    for index, of_sums in enumerate(tile.heads_of(head, paired=paired)):
+        plgpu.copy_gmem_to_smem(sums_of(sums, batch, of_sums, tokens), target.at[index], barrier)
+
+
 @dataclass(frozen=True)
 class Decays:
     """The decays of a chunk.

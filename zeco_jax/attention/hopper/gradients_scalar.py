@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
-from zeco_jax.attention.hopper.decays import Decays, sums_of, tokens_at, write_positions
+from zeco_jax.attention.hopper.decays import Decays, fetch_sums, tokens_at, write_positions
 from zeco_jax.attention.hopper.fetching import fetch_chunks
 from zeco_jax.attention.hopper.launch import (
     COMPUTING_REGISTERS,
@@ -38,6 +38,7 @@ def gradients_scalar(
     *,
     walk: Walk,
     scale: float,
+    paired: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     r"""The gradients of queries, keys and values, and what the gates' come from, with a state of one tile.
@@ -67,6 +68,7 @@ def gradients_scalar(
         leaving: [B, H, stretches, TILE, TILE] float32, the cotangent of the state that leaves each stretch.
         walk: the stretches, in reverse; closed only if there is one.
         scale: factor on the outputs.
+        paired: see `tile.own_head`; sums and states are those of 2 H heads, of the gates' parts there is one for each.
         interpret: simulate the kernel.
 
     Returns:
@@ -76,31 +78,33 @@ def gradients_scalar(
     batch, tokens, heads, _ = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     chunk_tile = tile.bf16_tile(_SLOTS, CHUNK, TILE)
+    of_states, *state = tile.state_shape(heads, paired=paired)
+    count = len(tile.heads_of(0, paired=paired))
     return launch(
-        partial(_gradients, walk=walk, scale=scale),
+        partial(_gradients, walk=walk, scale=scale, paired=paired),
         (q, k, v, sums, dout, states, leaving),
         (
             bfloat16(*q.shape),
             bfloat16(*k.shape),
             bfloat16(*v.shape),
-            *gate_parts(COMPUTING, batch, heads, tokens),
-            *left_state(walk, batch, heads, TILE, TILE),
+            *gate_parts(COMPUTING // count, batch, of_states, tokens),
+            *left_state(walk, batch, of_states, *state),
         ),
         {
             "q_tile": chunk_tile,
             "k_tile": chunk_tile,
             "v_tile": chunk_tile,
             "dout_tile": chunk_tile,
-            # The last row is for the positions.
-            "sums_tile": plgpu.SMEM((_SLOTS + 1, CHUNK), jnp.float32),
-            "state_tile": tile.bf16_tile(TILE, TILE),
-            "leaving_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
+            # The last place is for the positions.
+            "sums_tile": plgpu.SMEM((_SLOTS + 1, count, CHUNK), jnp.float32),
+            "state_tile": tile.bf16_tile(count, *state),
+            "leaving_tile": tile.bf16_tile(COMPUTING, state[0], HALF),
             # What a warpgroup is about to multiply or to store; a store may still read the one while the other fills.
             "first_work": halves,
-            "second_work": halves,
-            "fetched": plgpu.Barrier(num_arrivals=5, num_barriers=_SLOTS),
+            "second_work": tile.bf16_tile(count, COMPUTING, CHUNK, HALF),
+            "fetched": plgpu.Barrier(num_arrivals=4 + count, num_barriers=_SLOTS),
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
-            "state_fetched": plgpu.Barrier(),
+            "state_fetched": plgpu.Barrier(num_arrivals=count),
             "state_used": plgpu.Barrier(num_arrivals=COMPUTING),
             "leaving_written": plgpu.Barrier(num_arrivals=COMPUTING),
             "leaving_read": plgpu.Barrier(num_arrivals=COMPUTING),
@@ -161,6 +165,7 @@ def _gradients(
     *left: Ref,
     walk: Walk,
     scale: float,
+    paired: bool,
     q_tile: Ref,
     k_tile: Ref,
     v_tile: Ref,
@@ -185,11 +190,12 @@ def _gradients(
     def _fetch() -> None:
         def fetch(chunk: jax.Array, tokens: pl.Slice, slot: jax.Array) -> None:
             full = fetched.at[slot]
-            plgpu.copy_gmem_to_smem(sums_of(sums, batch, head, tokens), sums_tile.at[slot], full)
+            fetch_sums(sums, batch, head, tokens, sums_tile.at[slot], full, paired=paired)
             for source, target in ((dout, dout_tile), (q, q_tile), (v, v_tile), (k, k_tile)):
                 plgpu.copy_gmem_to_smem(source.at[batch, tokens, head], target.at[slot], full)
             plgpu.barrier_wait(state_used)
-            plgpu.copy_gmem_to_smem(states.at[batch, head, chunk], state_tile, state_fetched)
+            for index, of_states in enumerate(tile.heads_of(head, paired=paired)):
+                plgpu.copy_gmem_to_smem(states.at[batch, of_states, chunk], state_tile.at[index], state_fetched)
 
         fetch_chunks(walk, stretch, fetch, used=used, slots=_SLOTS)
         plgpu.barrier_wait(state_used)
@@ -200,12 +206,15 @@ def _gradients(
         stage = stage_of(staging, warpgroup)
         zeros, added = partial(tile.zeros, CHUNK, CHUNK), partial(tile.added_products, staging=stage)
         own_channels = tile.half(warpgroup)
-        sides = [pl.ds(index * HALF, HALF) for index in range(COMPUTING)]
+        # The keys of the states by halves; a paired head has one.
+        sides = [pl.ds(index * HALF, HALF) for index in range(1 if paired else COMPUTING)]
+        of_states = tile.own_head(head, warpgroup, paired=paired)
+        columns = sides[0] if paired else own_channels
 
         def products(*jobs: list[tile.Factors]) -> tuple[jax.Array, ...]:
             return tile.products(*(((CHUNK, CHUNK), terms) for terms in jobs), staging=stage)
 
-        positions = sums_tile.at[_SLOTS]
+        positions = sums_tile.at[_SLOTS, 0]
         # Both warpgroups write the same.
         write_positions(positions)
 
@@ -216,13 +225,21 @@ def _gradients(
             zero = hidden_zero(step)
             mine = warpgroup + zero
             own = tile.half(mine)
-            first, second, own_leaving = (ref.at[mine] for ref in (first_work, second_work, leaving_tile))
-            part = (mine, batch, head)
+            first, own_leaving = first_work.at[mine], leaving_tile.at[mine]
+            part = (0, batch, of_states) if paired else (mine, batch, head)
             slot = lax.rem(step, _SLOTS)
             chunk = walk.chunk(stretch, step)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             queries, keys, values, douts = (ref.at[slot] for ref in (q_tile, k_tile, v_tile, dout_tile))
-            decays = Decays(sums_tile.at[slot], positions)
+            decays = Decays(sums_tile.at[slot, mine if paired else 0], positions)
+            # All channels that are summed over.
+            if paired:
+                queries, keys, values, douts = (ref.at[:, own] for ref in (queries, keys, values, douts))
+                state, seconds = state_tile.at[mine], [second_work.at[mine, i] for i in range(COMPUTING)]
+                own = pl.ds(0, HALF)
+            else:
+                state, seconds = state_tile.at[zero], [second_work.at[zero, mine]]
+            second = seconds[0]
             plgpu.barrier_wait(fetched.at[slot])
             before = tile.along_rows(decays.before() * scale, HALF)
             pl.when(step >= 1)(lambda: plgpu.barrier_wait(leaving_read))
@@ -234,8 +251,8 @@ def _gradients(
             whole = decays.whole()
             # The diagonal of a product is cheaper than products of numbers, which would have to be read first.
             crossing, dq_own, weights = products(
-                [(state_tile.at[side, own], own_leaving.at[side].transpose(_FLIPPED)) for side in sides],
-                [(douts, state_tile.at[own].transpose(_FLIPPED))],
+                [(state.at[side, own], own_leaving.at[side].transpose(_FLIPPED)) for side in sides],
+                [(douts, state.at[own].transpose(_FLIPPED))],
                 [(douts, values.transpose(_FLIPPED))],
             )
             plgpu.barrier_arrive(state_used)
@@ -257,18 +274,24 @@ def _gradients(
             scores *= between
             moved = scores * weights
             scores, weights = tile.split(scores), (weights * between).astype(jnp.bfloat16)
-            # A warpgroup sums one of the two parts.
-            for index in range(COMPUTING):
-                pl.when(warpgroup == index)(lambda index=index: tile.write(second, tile.split(moved)[index]))
+            if paired:
+                for part_of_moved, target in zip(tile.split(moved), seconds, strict=True):
+                    tile.write(target, part_of_moved)
+            else:
+                # A warpgroup sums one of the two parts.
+                for index in range(COMPUTING):
+                    pl.when(warpgroup == index)(lambda index=index: tile.write(second, tile.split(moved)[index]))
             row, column = tokens_at(positions)
-            crossing, dv_own = products([(tile.ones_where(column < row), second)], [(keys, own_leaving)])
+            earlier = tile.ones_where(column < row)
+            crossing, dv_own = products([(earlier, x) for x in seconds], [(keys, own_leaving)])
             row, column = tokens_at(positions)
             z[*part, tokens] = jnp.sum(jnp.where(column >= row, crossing, 0.0), axis=1)
 
             after = tile.along_rows(decays.after(), HALF)
             plgpu.barrier_wait(leaving_written)
             # Pallas's `run_state` takes no constants as indices.
-            leaving_of_sides = [leaving_tile.at[index + zero, own].transpose(_FLIPPED) for index in range(COMPUTING)]
+            halves = [mine] if paired else [index + zero for index in range(COMPUTING)]
+            leaving_of_sides = [leaving_tile.at[index, own].transpose(_FLIPPED) for index in halves]
             dv_own, dk_own = added(
                 (dv_own * after, [(term, douts.at[:, own]) for term in scores]),
                 (zeros(), [(values.at[:, side], term) for side, term in zip(sides, leaving_of_sides, strict=True)]),
@@ -295,10 +318,10 @@ def _gradients(
             plgpu.copy_smem_to_gmem(first, dk.at[batch, tokens, head, own_channels])
             return tuple(later)
 
-        later = tuple(tile.load_global(leaving.at[batch, head, stretch, side, own_channels]) for side in sides)
+        later = tuple(tile.load_global(leaving.at[batch, of_states, stretch, side, columns]) for side in sides)
         later = lax.fori_loop(0, walk.steps(stretch) + nothing[0], step_body, later)
         for target in left:
             for side, rest in zip(sides, later, strict=True):
-                target[batch, head, side, own_channels] = rest
+                target[batch, of_states, side, columns] = rest
         plgpu.barrier_wait(leaving_read)
         plgpu.wait_smem_to_gmem(0)

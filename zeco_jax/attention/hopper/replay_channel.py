@@ -40,6 +40,7 @@ def replay_channel(
     walk: Walk,
     scale: float,
     keep_states: bool = False,
+    paired: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     r"""The outputs of every token, with a state of one tile.
@@ -56,10 +57,12 @@ def replay_channel(
         totals: [B, H, chunks, TILE] float32, the gates' sums over each chunk.
         strong: [B, H, chunks, 2] int32, which halves of the channels are too strong for exponents of both signs.
         weakest: [B, H, stretches, TILE] float32, the least of the sums in each stretch.
-        entering: [B, H, stretches, TILE, TILE] float32, the state that enters each stretch.
+        entering: [B, H, stretches, TILE, TILE] float32, the state that enters each stretch; of paired heads all states
+            are [B, 2 H, *, HALF, HALF].
         walk: the stretches, forward; closed only if there is one.
         scale: factor on the outputs.
         keep_states: return the chunks' states, too.
+        paired: see `tile.own_head`.
         interpret: simulate the kernel.
 
     Returns:
@@ -67,14 +70,15 @@ def replay_channel(
         asked for the state that enters each chunk, [B, H, chunks, TILE, TILE] bfloat16.
     """
     batch, _, heads, _ = q.shape
-    states = (bfloat16(batch, heads, walk.chunks, TILE, TILE),) if keep_states else ()
+    of_states, *state = tile.state_shape(heads, paired=paired)
+    states = (bfloat16(batch, of_states, walk.chunks, *state),) if keep_states else ()
     out, _, *others = launch(
-        partial(_replay, walk=walk, scale=scale),
+        partial(_replay, walk=walk, scale=scale, paired=paired),
         (q, k, v, gates, totals, strong, weakest, entering),
         (
             bfloat16(*v.shape),
-            float32(batch, heads, walk.stretches, TILE, TILE),
-            *left_state(walk, batch, heads, TILE, TILE),
+            float32(batch, of_states, walk.stretches, *state),
+            *left_state(walk, batch, of_states, *state),
             *states,
         ),
         {
@@ -87,7 +91,7 @@ def replay_channel(
             "work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, 2, CHUNK, HALF), tile.fp32_tile(COMPUTING, CHUNK, CHUNK)),
             # Decays of the state; before, what `Passes` keeps.
             "factors": plgpu.SMEM((2, TILE), jnp.float32),
-            "state_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
+            "state_tile": tile.bf16_tile(COMPUTING, state[0], HALF),
             "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
             "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
@@ -119,6 +123,7 @@ def _replay(
     *others: Ref,
     walk: Walk,
     scale: float,
+    paired: bool,
     q_tile: Ref,
     k_tile: Ref,
     v_tile: Ref,
@@ -173,6 +178,8 @@ def _replay(
         stage = stage_of(staging, warpgroup)
         rows, columns = tile.indices()
         own_values = tile.half(warpgroup)
+        of_states = tile.own_head(head, warpgroup, paired=paired)
+        columns_of_states = pl.ds(0, HALF) if paired else own_values
 
         def is_strong(step: jax.Array) -> jax.Array:
             halves = strong.at[batch, head, walk.chunk(stretch, step)]
@@ -189,7 +196,8 @@ def _replay(
             plgpu.barrier_wait(gates_fetched)
             gate = jnp.maximum(tile.load(gates_tile.at[:, own]), tile.WEAKEST_GATE)
             plgpu.barrier_arrive(gates_used)
-            pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
+            if not paired:
+                pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
             tile.write_split(pair, gate)
             plgpu.commit_smem()
             sums = tile.summed(tile.ones_where(columns - rows + zero <= 0), pair, staging=stage)
@@ -244,16 +252,21 @@ def _replay(
             own_state[...] = state.astype(jnp.bfloat16)
             plgpu.commit_smem()
             for target in states:
-                plgpu.copy_smem_to_gmem(own_state, target.at[batch, head, chunk, :, own_values])
-            plgpu.barrier_arrive(prepared)
-            plgpu.barrier_wait(prepared)
-            scored = tile.split(tile.load(own_scores) + tile.load(other_scores))
-            before, after = (plgpu.load(factors.at[i], layout=tile.ROW) for i in range(2))
-            plgpu.barrier_arrive(scores_read)
-            v_own = v_tile.at[slot, :, own]
+                plgpu.copy_smem_to_gmem(own_state, target.at[batch, of_states, chunk, :, columns_of_states])
+            if paired:
+                scored, q_part, k_part, factor = tile.load(own_scores), q_own, k_own, factors.at[:, own]
+            else:
+                plgpu.barrier_arrive(prepared)
+                plgpu.barrier_wait(prepared)
+                scored = tile.load(own_scores) + tile.load(other_scores)
+                q_part, k_part, factor = q_tile.at[slot], k_tile.at[slot], factors
+            before, after = (plgpu.load(factor.at[i], layout=tile.ROW) for i in range(2))
+            if not paired:
+                plgpu.barrier_arrive(scores_read)
+            scored, v_own = tile.split(scored), v_tile.at[slot, :, own]
             result, state = tile.added_products(
-                (tile.zeros(CHUNK, HALF), [(q_tile.at[slot], own_state), *((part, v_own) for part in scored)]),
-                (state * tile.along_rows(before, HALF), [(k_tile.at[slot].transpose((1, 0)), v_own)]),
+                (tile.zeros(CHUNK, HALF), [(q_part, own_state), *((part, v_own) for part in scored)]),
+                (state * tile.along_rows(before, HALF), [(k_part.transpose((1, 0)), v_own)]),
                 staging=stage,
             )
             plgpu.barrier_arrive(used.at[slot])
@@ -265,7 +278,7 @@ def _replay(
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
             return state
 
-        own_parked = parked.at[batch, head, stretch, :, own_values]
+        own_parked = parked.at[batch, of_states, stretch, :, columns_of_states]
 
         def park(state: jax.Array) -> None:
             own_parked[...] = state
@@ -274,17 +287,18 @@ def _replay(
 
         def last(state: jax.Array) -> None:
             for target in left:
-                target[batch, head, :, own_values] = state
+                target[batch, of_states, :, columns_of_states] = state
 
         walk_runs(
             steps + nothing[0],
             is_strong,
             tile.least(weakest.at[batch, head, stretch], factors.at[0, own_values]) < FACTORED_LIMIT,
             step_body,
-            lambda: tile.load_global(entering.at[batch, head, stretch, :, own_values]),
+            lambda: tile.load_global(entering.at[batch, of_states, stretch, :, columns_of_states]),
             last,
             park,
             lambda: tile.load_global(own_parked),
         )
-        plgpu.barrier_wait(scores_read)
+        if not paired:
+            plgpu.barrier_wait(scores_read)
         plgpu.wait_smem_to_gmem(0)

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from zeco_jax.attention.hopper import tile
-from zeco_jax.attention.hopper.decays import Decays, sums_of, write_positions
+from zeco_jax.attention.hopper.decays import Decays, fetch_sums, write_positions
 from zeco_jax.attention.hopper.fetching import fetch_chunks
 from zeco_jax.attention.hopper.launch import COMPUTING_REGISTERS, bfloat16, hidden_zero, launch, left_state, stage_of
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, HALF, PRODUCER, TILE, Ref
@@ -28,6 +28,7 @@ def replay_scalar(
     walk: Walk,
     scale: float,
     keep_states: bool = False,
+    paired: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     r"""The outputs of every token; a block of threads holds the states of all key channels for a tile of the values.
@@ -53,6 +54,7 @@ def replay_scalar(
         walk: the stretches.
         scale: factor on the outputs.
         keep_states: return the chunks' states, too.
+        paired: see `tile.own_head`; sums and states are those of 2 H heads.
         interpret: simulate the kernel.
 
     Returns:
@@ -62,22 +64,24 @@ def replay_scalar(
     batch, _, heads, width = values.shape
     key_width = q.shape[-1]
     queries, keys = (k, q) if walk.reverse else (q, k)
-    states = (bfloat16(batch, heads, walk.chunks, key_width, width),) if keep_states else ()
+    _, of_states, _, *state = entering.shape
+    states = (bfloat16(batch, of_states, walk.chunks, *state),) if keep_states else ()
+    count = len(tile.heads_of(0, paired=paired))
     return launch(
-        partial(_replay, walk=walk, scale=scale),
+        partial(_replay, walk=walk, scale=scale, paired=paired),
         (queries, keys, values, sums, entering),
-        (bfloat16(*values.shape), *left_state(walk, batch, heads, key_width, width), *states),
+        (bfloat16(*values.shape), *left_state(walk, batch, of_states, *state), *states),
         {
             "q_tile": tile.bf16_tile(_SLOTS, CHUNK, key_width),
             "k_tile": tile.bf16_tile(_SLOTS, CHUNK, key_width),
             "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
-            # The last row is for the positions.
-            "sums_tile": plgpu.SMEM((_SLOTS + 1, CHUNK), jnp.float32),
+            # The last place is for the positions.
+            "sums_tile": plgpu.SMEM((_SLOTS + 1, count, CHUNK), jnp.float32),
             # Of the values, as the state takes them; the scores take them undecayed.
             "decayed_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
-            "state_tile": tile.bf16_tile(COMPUTING, TILE, HALF),
+            "state_tile": tile.bf16_tile(COMPUTING, HALF if paired else TILE, HALF),
             "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
-            "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
+            "fetched": plgpu.Barrier(num_arrivals=3 + count, num_barriers=_SLOTS),
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
         },
         name="replay_scalar_reverse" if walk.reverse else "replay_scalar",
@@ -98,6 +102,7 @@ def _replay(
     *others: Ref,
     walk: Walk,
     scale: float,
+    paired: bool,
     q_tile: Ref,
     k_tile: Ref,
     v_tile: Ref,
@@ -112,7 +117,8 @@ def _replay(
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     value_tile, warpgroup = lax.axis_index("value_tile"), lax.axis_index("warpgroup")
     left, kept = others[: walk.closed], others[walk.closed :]
-    all_keys = [pl.ds(first, TILE) for first in range(0, queries.shape[-1], TILE)]
+    # Of the states; a paired head's own.
+    all_keys = [pl.ds(0, HALF)] if paired else [pl.ds(first, TILE) for first in range(0, queries.shape[-1], TILE)]
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
@@ -122,7 +128,7 @@ def _replay(
             plgpu.copy_gmem_to_smem(queries.at[batch, tokens, head], q_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(keys.at[batch, tokens, head], k_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], v_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(sums_of(sums, batch, head, tokens), sums_tile.at[slot], full)
+            fetch_sums(sums, batch, head, tokens, sums_tile.at[slot], full, paired=paired)
 
         fetch_chunks(walk, stretch, fetch, used=used, slots=_SLOTS)
 
@@ -131,7 +137,9 @@ def _replay(
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         stage = stage_of(staging, warpgroup)
         own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
-        positions = sums_tile.at[_SLOTS]
+        of_states = tile.own_head(head, warpgroup, paired=paired)
+        columns = pl.ds(0, HALF) if paired else own_values
+        positions = sums_tile.at[_SLOTS, 0]
         # Both warpgroups write the same.
         write_positions(positions)
 
@@ -140,7 +148,8 @@ def _replay(
             chunk = walk.chunk(stretch, step)
             mine = warpgroup + hidden_zero(step)
             own_decayed, own_state, own_out = (x.at[mine] for x in (decayed_tile, state_tile, out_tile))
-            v_own, decays = v_tile.at[slot, :, tile.half(mine)], Decays(sums_tile.at[slot], positions)
+            v_own = v_tile.at[slot, :, tile.half(mine)]
+            decays = Decays(sums_tile.at[slot, mine if paired else 0], positions)
 
             def decay(*, to_end: bool) -> jax.Array:
                 return tile.along_rows(decays.after() if to_end else decays.before() * scale, HALF)
@@ -159,8 +168,8 @@ def _replay(
                     own_decayed[...] = (tile.load(v_own) * decay(to_end=not walk.reverse)).astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 for target in kept:
-                    plgpu.copy_smem_to_gmem(own_state, target.at[batch, head, chunk, of_keys, own_values])
-                q_part, k_part = (x.at[slot, :, of_keys] for x in (q_tile, k_tile))
+                    plgpu.copy_smem_to_gmem(own_state, target.at[batch, of_states, chunk, of_keys, columns])
+                q_part, k_part = (x.at[slot, :, tile.half(mine) if paired else of_keys] for x in (q_tile, k_tile))
                 k_part = k_part.transpose((1, 0))
                 scored, result, state = tile.added_products(
                     (scored, [(q_part, k_part)]),
@@ -180,12 +189,12 @@ def _replay(
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
             return tuple(next_states)
 
-        states = tuple(tile.load_global(entering.at[batch, head, stretch, rows, own_values]) for rows in all_keys)
+        states = tuple(tile.load_global(entering.at[batch, of_states, stretch, rows, columns]) for rows in all_keys)
         states = lax.fori_loop(0, walk.steps(stretch) + nothing[0], step_body, states)
 
         @pl.when(walk.closes(stretch))
         def _leave() -> None:
             for rows, state in zip(all_keys, states, strict=True):
-                left[0][batch, head, rows, own_values] = state
+                left[0][batch, of_states, rows, columns] = state
 
         plgpu.wait_smem_to_gmem(0)

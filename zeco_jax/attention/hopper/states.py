@@ -34,6 +34,7 @@ def stretch_states(
     *,
     walk: Walk,
     scale: float = 1.0,
+    paired: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     r"""What each stretch leaves of a state of zeros, and by how much every chunk decays a state.
@@ -49,14 +50,17 @@ def stretch_states(
         gates: [B, T, H, TILE] float32.
         walk: the stretches, not closed.
         scale: factor on the states.
+        paired: see `tile.own_head`.
         interpret: simulate the kernel.
 
     Returns:
-        States [B, H, stretches, TILE, TILE] and the sums of the gates of every chunk [B, H, chunks, TILE], float32.
+        States [B, H, stretches, TILE, TILE], of paired heads [B, 2 H, stretches, HALF, HALF], and the sums of the gates
+        of every chunk [B, H, chunks, TILE], float32.
     """
     batch, _, heads, _ = keys.shape
-    outputs = (float32(batch, heads, walk.stretches, TILE, TILE), float32(batch, heads, walk.chunks, TILE))
-    return _launch((keys, values, gates), outputs, walk=walk, scale=scale, interpret=interpret)
+    of_states, *state = tile.state_shape(heads, paired=paired)
+    outputs = (float32(batch, of_states, walk.stretches, *state), float32(batch, heads, walk.chunks, TILE))
+    return _launch((keys, values, gates), outputs, walk=walk, scale=scale, paired=paired, interpret=interpret)
 
 
 def chunk_states(
@@ -67,6 +71,7 @@ def chunk_states(
     *,
     walk: Walk,
     scale: float = 1.0,
+    paired: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
     r"""The state that enters each chunk, given those that enter the stretches.
@@ -78,9 +83,10 @@ def chunk_states(
         keys: [B, T, H, TILE] bfloat16, T a multiple of CHUNK.
         values: [B, T, H, TILE] bfloat16.
         gates: [B, T, H, TILE] float32.
-        entering: [B, H, stretches, TILE, TILE] float32.
+        entering: [B, H, stretches, TILE, TILE] float32; of paired heads all states are [B, 2 H, *, HALF, HALF].
         walk: the stretches; closed only if there is one.
         scale: factor on what keys and values add.
+        paired: see `tile.own_head`.
         interpret: simulate the kernel.
 
     Returns:
@@ -88,12 +94,13 @@ def chunk_states(
         a closed walk the state it ends with, [B, H, TILE, TILE] float32.
     """
     batch, _, heads, _ = keys.shape
+    of_states, *state = tile.state_shape(heads, paired=paired)
     outputs = (
-        bfloat16(batch, heads, walk.chunks, TILE, TILE),
+        bfloat16(batch, of_states, walk.chunks, *state),
         float32(batch, heads, walk.chunks, TILE),
-        *left_state(walk, batch, heads, TILE, TILE),
+        *left_state(walk, batch, of_states, *state),
     )
-    return _launch((keys, values, gates, entering), outputs, walk=walk, scale=scale, interpret=interpret)
+    return _launch((keys, values, gates, entering), outputs, walk=walk, scale=scale, paired=paired, interpret=interpret)
 
 
 def _launch(
@@ -102,6 +109,7 @@ def _launch(
     *,
     walk: Walk,
     scale: float,
+    paired: bool,
     interpret: bool,
 ) -> tuple[jax.Array, ...]:
     batch, _, heads, _ = inputs[0].shape
@@ -118,9 +126,9 @@ def _launch(
         "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
     }
     if is_traced:
-        scratch["state_tile"] = tile.bf16_tile(COMPUTING, HALF, TILE)
+        scratch["state_tile"] = tile.bf16_tile(COMPUTING, HALF, inputs[3].shape[-1])
     return launch(
-        partial(_traced if is_traced else _summarized, walk=walk, scale=scale),
+        partial(_traced if is_traced else _summarized, walk=walk, scale=scale, paired=paired),
         inputs,
         outputs,
         scratch,
@@ -138,20 +146,25 @@ def _summarized(
     nothing: Ref,
     states: Ref,
     totals: Ref,
+    *,
+    paired: bool,
     **options: Any,
 ) -> None:
     del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
-    rows = tile.half(lax.axis_index("warpgroup"))
+    own, of_states, rows = _place(head, paired=paired)
 
     def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
         del state
-        totals[batch, head, chunk, rows] = total
+        totals[batch, head, chunk, own] = total
 
     def after(state: jax.Array) -> None:
-        states[batch, head, stretch, rows] = state
+        states[batch, of_states, stretch, rows] = state
 
-    _walk(keys, values, gates, lambda: tile.zeros(HALF, TILE), before, after, **options)
+    def first() -> jax.Array:
+        return tile.zeros(HALF, states.shape[-1])
+
+    _walk(keys, values, gates, first, before, after, paired=paired, **options)
 
 
 def _traced(
@@ -165,31 +178,40 @@ def _traced(
     *left: Ref,
     state_tile: Ref,
     walk: Walk,
+    paired: bool,
     **options: Any,
 ) -> None:
     del nothing
     batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
-    warpgroup = lax.axis_index("warpgroup")
-    rows, own = tile.half(warpgroup), state_tile.at[warpgroup]
+    own, of_states, rows = _place(head, paired=paired)
+    own_state = state_tile.at[lax.axis_index("warpgroup")]
 
     def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
-        totals[batch, head, chunk, rows] = total
+        totals[batch, head, chunk, own] = total
         if walk.reverse:
-            state *= tile.along_rows(jnp.exp(jnp.where(total < FACTORED_LIMIT, 0.0, total)), TILE)
+            decay = jnp.exp(jnp.where(total < FACTORED_LIMIT, 0.0, total))
+            state *= tile.along_rows(decay, state.shape[-1])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        own[...] = state.astype(jnp.bfloat16)
+        own_state[...] = state.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own, states.at[batch, head, chunk, rows])
+        plgpu.copy_smem_to_gmem(own_state, states.at[batch, of_states, chunk, rows])
 
     def after(state: jax.Array) -> None:
         for target in left:
-            target[batch, head, rows] = state
+            target[batch, of_states, rows] = state
         plgpu.wait_smem_to_gmem(0)
 
     def first() -> jax.Array:
-        return tile.load_global(entering.at[batch, head, stretch, rows])
+        return tile.load_global(entering.at[batch, of_states, stretch, rows])
 
-    _walk(keys, values, gates, first, before, after, walk=walk, **options)
+    _walk(keys, values, gates, first, before, after, walk=walk, paired=paired, **options)
+
+
+def _place(head: jax.Array, *, paired: bool) -> tuple[pl.Slice, jax.Array, pl.Slice]:
+    """A warpgroup's channels of the tile; the head, and of it the rows, of its states."""
+    warpgroup = lax.axis_index("warpgroup")
+    own = tile.half(warpgroup)
+    return own, tile.own_head(head, warpgroup, paired=paired), pl.ds(0, HALF) if paired else own
 
 
 def _walk(
@@ -202,6 +224,7 @@ def _walk(
     *,
     walk: Walk,
     scale: float,
+    paired: bool,
     keys_tile: Ref,
     values_tile: Ref,
     gates_tile: Ref,
@@ -251,8 +274,9 @@ def _walk(
             own_keys[...] = (tile.load(own_keys) * (jnp.exp(decays) * scale)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             before(walk.chunk(stretch, step), state, total)
-            state *= tile.along_rows(jnp.exp(total), TILE)
-            (state,) = tile.added_products((state, [(own_keys.transpose((1, 0)), values_tile.at[slot])]), staging=stage)
+            state *= tile.along_rows(jnp.exp(total), state.shape[-1])
+            seen = values_tile.at[slot, :, own] if paired else values_tile.at[slot]
+            (state,) = tile.added_products((state, [(own_keys.transpose((1, 0)), seen)]), staging=stage)
             plgpu.barrier_arrive(used.at[slot])
             return state
 

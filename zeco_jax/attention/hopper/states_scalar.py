@@ -1,5 +1,6 @@
 """Kernel: what stretches of tokens do to the state, and on request every chunk's, for one decay per token and head."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,13 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.decays import Decays, sums_of
 from zeco_jax.attention.hopper.launch import bfloat16, float32
-from zeco_jax.attention.hopper.tile import CHUNK, HALF, TILE
+from zeco_jax.attention.hopper.tile import CHUNK, HALF
 from zeco_jax.attention.hopper.walk import Walk
 from zeco_jax.attention.hopper.walked_states import Fetched, Leave, walk_states
 
 
 def stretch_states_scalar(
-    keys: jax.Array, values: jax.Array, sums: jax.Array, *, walk: Walk, scale: float = 1.0, interpret: bool = False
+    keys: jax.Array, values: jax.Array, sums: jax.Array, *, walk: Walk, scale: float = 1.0, **options: bool
 ) -> jax.Array:
     r"""What stretches leave of a state of zeros.
 
@@ -30,19 +31,16 @@ def stretch_states_scalar(
         sums: [B or 1, H, T] float32, the gates' sums since each chunk began.
         walk: the stretches.
         scale: factor on the states.
-        interpret: simulate the kernel.
+        **options: `paired`, see `tile.own_head`, with sums of 2 H heads; `interpret`, simulate the kernel.
 
     Returns:
-        [B, H, summarized, K, V] float32, of the stretches `walk.summarized`.
+        [B, H, summarized, K, V] float32, of the stretches `walk.summarized`; of paired heads [B, 2 H, *, HALF, HALF].
     """
-    shape = float32(keys.shape[0], keys.shape[2], len(walk.summarized), keys.shape[3], values.shape[3])
-    return _states(
-        (keys, values, sums), shape, name="stretch_states_scalar", walk=walk, scale=scale, interpret=interpret
-    )
+    return _states((keys, values, sums), float32, walk=walk, scale=scale, **options)
 
 
 def chunk_states_scalar(
-    keys: jax.Array, values: jax.Array, sums: jax.Array, entering: jax.Array, *, walk: Walk, interpret: bool = False
+    keys: jax.Array, values: jax.Array, sums: jax.Array, entering: jax.Array, *, walk: Walk, **options: bool
 ) -> jax.Array:
     """The state that enters each chunk, given those that enter the stretches.
 
@@ -52,29 +50,40 @@ def chunk_states_scalar(
         sums: [B or 1, H, T] float32, the gates' sums since each chunk began.
         entering: [B, H, stretches, K, V] float32.
         walk: the stretches, forward.
-        interpret: simulate the kernel.
+        **options: as for `stretch_states_scalar`.
 
     Returns:
-        [B, H, chunks, K, V] bfloat16.
+        [B, H, chunks, K, V] bfloat16; of paired heads [B, 2 H, *, HALF, HALF].
     """
-    shape = bfloat16(keys.shape[0], keys.shape[2], walk.chunks, keys.shape[3], values.shape[3])
-    return _states(
-        (keys, values, sums, entering), shape, name="chunk_states_scalar", walk=walk, scale=1.0, interpret=interpret
-    )
+    return _states((keys, values, sums, entering), bfloat16, walk=walk, scale=1.0, **options)
 
 
 def _states(
-    inputs: tuple[jax.Array, ...], output: jax.ShapeDtypeStruct, *, name: str, walk: Walk, scale: float, interpret: bool
+    inputs: tuple[jax.Array, ...],
+    output: Callable[..., jax.ShapeDtypeStruct],
+    *,
+    walk: Walk,
+    scale: float,
+    paired: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
+    keys, values, *_ = inputs
+    batch, _, heads, width = keys.shape
+    if paired:
+        heads, *state = tile.state_shape(heads, paired=True)
+    else:
+        state = width, values.shape[-1]
+    of_chunks = len(inputs) > 3
     return walk_states(
         partial(_step, reverse=walk.reverse),
         lambda sums, place: sums_of(sums, place.batch, place.head, place.tokens),
         inputs,
-        output,
+        output(batch, heads, walk.chunks if of_chunks else len(walk.summarized), *state),
         decays_width=CHUNK,
-        name=name,
+        name="chunk_states_scalar" if of_chunks else "stretch_states_scalar",
         walk=walk,
         scale=scale,
+        paired=paired,
         interpret=interpret,
     )
 
@@ -88,6 +97,6 @@ def _step(chunk: Fetched, state: jax.Array, leave: Leave | None, *, reverse: boo
     chunk.keys[...] = (tile.load(chunk.keys) * tile.along_rows(weights, HALF)).astype(jnp.bfloat16)
     plgpu.commit_smem()
     terms = (chunk.keys.transpose((1, 0)), chunk.values)
-    state = state * decays.whole() + tile.product((HALF, TILE), terms, staging=chunk.staging)
+    state = state * decays.whole() + tile.product(state.shape, terms, staging=chunk.staging)
     plgpu.barrier_arrive(chunk.used)
     return state

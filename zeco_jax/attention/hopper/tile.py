@@ -47,6 +47,30 @@ def half(warpgroup: jax.Array) -> pl.Slice:
     return pl.ds(warpgroup * HALF, HALF)
 
 
+def own_head(head: jax.Array, warpgroup: jax.Array, *, paired: bool) -> jax.Array:
+    """The head whose states a warpgroup holds.
+
+    Two heads of HALF channels of keys and of values may be paired: side by side they make up a tile, and each is one
+    warpgroup's. What is summed over all channels of a head then is that warpgroup's alone.
+
+    Args:
+        head: of the tile.
+        warpgroup: which one this is.
+        paired: whether the tile is two heads.
+    """
+    return COMPUTING * head + warpgroup if paired else head
+
+
+def heads_of(head: jax.Array, *, paired: bool) -> list[jax.Array]:
+    """The heads of a tile."""
+    return [own_head(head, warpgroup, paired=paired) for warpgroup in range(COMPUTING if paired else 1)]
+
+
+def state_shape(heads: int, *, paired: bool) -> tuple[int, int, int]:
+    """Heads, keys and values of states where a tile is a head, or two."""
+    return (COMPUTING * heads, HALF, HALF) if paired else (heads, TILE, TILE)
+
+
 def load(ref: Ref) -> jax.Array:
     """A matrix from shared memory, as wgmma lays out its results, in float32."""
     return plgpu.load(ref, layout=WGMMA).astype(jnp.float32)

@@ -35,7 +35,7 @@ class Fetched(NamedTuple):
 
     Attributes:
         keys: the warpgroup's [CHUNK, HALF].
-        values: [CHUNK, TILE].
+        values: [CHUNK, TILE]; of a paired head its own.
         decays: one vector.
         there: wait for it.
         used: arrive at it.
@@ -66,6 +66,7 @@ def walk_states(
     name: str,
     walk: Walk,
     scale: float = 1.0,
+    paired: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """Runs a kernel of states.
@@ -75,35 +76,39 @@ def walk_states(
         source: the vector of a chunk, from the reference of all decays.
         inputs: keys [B, T, H, K], values [B, T, H, V], decays; and if the state of every chunk is asked for those that
             enter the stretches [B, H, stretches, K, V].
-        output: states of the summarized stretches [B, H, summarized, K, V], or of the chunks [B, H, chunks, K, V].
+        output: states of the summarized stretches [B, H, summarized, K, V], or of the chunks [B, H, chunks, K, V]; of
+            paired heads [B, 2 H, *, HALF, HALF].
         decays_width: length of a chunk's vector.
         name: of the kernel.
         walk: the stretches.
         scale: factor on the states of the stretches.
+        paired: see `tile.own_head`; decays are those of 2 H heads then.
         interpret: simulate the kernel.
 
     Returns:
         The states.
     """
-    batch, heads, _, key_width, value_width = output.shape
+    keys, values, *_ = inputs
+    batch, _, heads, key_width = keys.shape
     is_traced = len(inputs) > 3
+    count = len(tile.heads_of(0, paired=paired))
     scratch = {
         "keys_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
         "values_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
-        "decays_tile": plgpu.SMEM((_SLOTS, decays_width), jnp.float32),
-        "fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
+        "decays_tile": plgpu.SMEM((_SLOTS, count, decays_width), jnp.float32),
+        "fetched": plgpu.Barrier(num_arrivals=2 + count, num_barriers=_SLOTS),
         "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
     }
     if is_traced:
-        scratch["state_tile"] = tile.bf16_tile(COMPUTING, HALF, TILE)
+        scratch["state_tile"] = tile.bf16_tile(COMPUTING, HALF, HALF if paired else TILE)
     (states,) = launch(
-        partial(_walk, step=step, source=source, walk=walk, scale=scale),
+        partial(_walk, step=step, source=source, walk=walk, scale=scale, paired=paired),
         inputs,
         (output,),
         scratch,
         name=name,
         stretches=walk.stretches if is_traced else len(walk.summarized),
-        state=(batch, heads, key_width, value_width),
+        state=(batch, heads, key_width, values.shape[-1]),
         interpret=interpret,
     )
     return states
@@ -118,6 +123,7 @@ def _walk(
     source: Callable[[Ref, Place], Ref],
     walk: Walk,
     scale: float,
+    paired: bool,
     keys_tile: Ref,
     values_tile: Ref,
     decays_tile: Ref,
@@ -137,8 +143,9 @@ def _walk(
     def _fetch() -> None:
         def fetch(chunk: jax.Array, tokens: pl.Slice, slot: jax.Array) -> None:
             full, of_keys = fetched.at[slot], pl.ds(key_tile * TILE, TILE)
-            place = Place(batch, head, chunk, tokens, of_keys)
-            plgpu.copy_gmem_to_smem(source(decays, place), decays_tile.at[slot], full)
+            for index, of_decays in enumerate(tile.heads_of(head, paired=paired)):
+                place = Place(batch, of_decays, chunk, tokens, of_keys)
+                plgpu.copy_gmem_to_smem(source(decays, place), decays_tile.at[slot, index], full)
             plgpu.copy_gmem_to_smem(keys.at[batch, tokens, head, of_keys], keys_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(values.at[batch, tokens, head, of_values], values_tile.at[slot], full)
 
@@ -148,21 +155,23 @@ def _walk(
     def _compute() -> None:
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         own, stage = tile.half(warpgroup), stage_of(staging, warpgroup)
-        own_rows = pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
+        of_states = tile.own_head(head, warpgroup, paired=paired)
+        own_rows = pl.ds(0, HALF) if paired else pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
+        columns = pl.ds(0, HALF) if paired else of_values
 
         def leave(chunk: jax.Array, state: jax.Array) -> None:
             own_state = state_tile.at[warpgroup]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             own_state[...] = state.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own_state, states.at[batch, head, chunk, own_rows, of_values])
+            plgpu.copy_smem_to_gmem(own_state, states.at[batch, of_states, chunk, own_rows, columns])
 
         def step_body(index: jax.Array, state: jax.Array) -> jax.Array:
             slot = lax.rem(index, _SLOTS)
             memory = Fetched(
                 keys_tile.at[slot, :, own],
-                values_tile.at[slot],
-                decays_tile.at[slot],
+                values_tile.at[slot, :, own] if paired else values_tile.at[slot],
+                decays_tile.at[slot, warpgroup if paired else 0],
                 fetched.at[slot],
                 used.at[slot],
                 stage,
@@ -170,10 +179,10 @@ def _walk(
             return step(memory, state, partial(leave, walk.chunk(stretch, index)) if entering else None)
 
         if entering:
-            state = tile.load_global(entering[0].at[batch, head, stretch, own_rows, of_values])
+            state = tile.load_global(entering[0].at[batch, of_states, stretch, own_rows, columns])
         else:
-            state = tile.zeros(HALF, TILE)
+            state = tile.zeros(HALF, HALF if paired else TILE)
         state = lax.fori_loop(0, walk.steps(stretch), step_body, state)
         if not entering:
-            states[batch, head, stretch - walk.summarized.start, own_rows, of_values] = state * scale
+            states[batch, of_states, stretch - walk.summarized.start, own_rows, columns] = state * scale
         plgpu.wait_smem_to_gmem(0)

@@ -212,6 +212,23 @@ def test_the_part_that_needs_no_state_can_be_done_before():
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (out, in_two(q, k, v, gates, state))))
 
 
+@pytest.mark.parametrize(("heads", "key_width", "value_width"), [(2, 64, 64), (1, 128, 128), (1, 128, 256)])
+def test_what_meets_the_state_is_rounded(monkeypatch, heads, key_width, value_width):
+    """To the nearest bfloat16 number: cut off, queries alone would make the outputs 0.5 % wrong."""
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(1, 320, heads, width)), jnp.bfloat16)
+        for width in (key_width, key_width, value_width)
+    )
+    gates = jnp.asarray(np.log1p(-1e-4 * rng.uniform(size=q.shape)), jnp.float32)
+    state = jnp.asarray(rng.normal(size=(1, heads, key_width, value_width)), jnp.float32)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    want, _ = zeco_jax.linear_attention(*wide, gates, initial_state=state, backend="xla")
+    got, _ = simulated(q, k, v, gates, initial_state=state)
+    assert relative_rms(got, want) < 3.5e-3
+
+
 @pytest.mark.parametrize("decay", ["channel", "token"])
 def test_paired_heads_are_independent(decay):
     """What one of two heads that share a tile is given changes nothing of the other's results."""

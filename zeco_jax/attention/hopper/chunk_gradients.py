@@ -312,7 +312,7 @@ def _gradients(
                 of_queries, of_keys = exponents()
                 plgpu.barrier_arrive(gates_used)
                 plgpu.barrier_wait(fetched)
-            own_q[...] = (tile.load(own_q) * (jnp.exp(of_queries) * scale)).astype(jnp.bfloat16)
+            own_q[...] = (tile.load(own_q) * tile.scaled_exp(of_queries, scale)).astype(jnp.bfloat16)
             own_k[...] = (tile.load(own_k) * jnp.exp(of_keys)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             meet(prepared)
@@ -334,7 +334,7 @@ def _gradients(
                     )
                 else:
                     scores = product(_SQUARE, *terms)
-                return tile.split(scores * (1.0 - tile.load(below)))
+                return tile.split(scores - scores * tile.load(below))
 
             scores = score() if dvs else ()
 
@@ -461,8 +461,9 @@ def _gradients(
             else:
                 # Unknown to the compiler the same as before: it would keep the exponentials until now.
                 again = lax.shift_right_logical(step, 25).astype(jnp.float32)
-                of_queries, of_keys = of_queries + again, of_keys + again
-            dq_own *= jnp.exp(of_queries) * scale
+                of_queries += again
+                of_keys = -of_queries
+            dq_own *= tile.scaled_exp(of_queries, scale)
             dk_own = (dk_own + dk_state) * jnp.exp(of_keys)
             if some_strong:
                 dq_own, dk_own, dgate = (

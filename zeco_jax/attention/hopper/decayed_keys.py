@@ -118,7 +118,9 @@ def _decay(
                 staging=stage,
             )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            own_decayed[...] = (tile.load(keys_tile.at[slot, :, own]) * (jnp.exp(decays) * scale)).astype(jnp.bfloat16)
+            own_decayed[...] = (tile.load(keys_tile.at[slot, :, own]) * tile.scaled_exp(decays, scale)).astype(
+                jnp.bfloat16
+            )
             plgpu.barrier_arrive(used.at[slot])
             plgpu.commit_smem()
             tokens = pl.ds(chunk * CHUNK, CHUNK)

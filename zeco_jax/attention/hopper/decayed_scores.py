@@ -185,7 +185,7 @@ def _score(
                 )
                 own_keys[...] = (tile.load(k_own) * jnp.exp(later)).astype(jnp.bfloat16)
                 factored_keys[...] = (tile.load(k_own) * jnp.exp(-since)).astype(jnp.bfloat16)
-                high, low = tile.split(tile.load(q_own) * (jnp.exp(since) * scale))
+                high, low = tile.split(tile.load(q_own) * tile.scaled_exp(since, scale), rounded=True)
                 own_queries[...] = high
                 plgpu.barrier_arrive(used.at[slot])
                 plgpu.commit_smem()

@@ -93,6 +93,8 @@ def replay_channel(
             "factors": plgpu.SMEM((2, TILE), jnp.float32),
             "state_tile": tile.bf16_tile(COMPUTING, state[0], HALF),
             "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
+            # Ones up to and including the diagonal.
+            "triangle": tile.bf16_tile(CHUNK, CHUNK),
             "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
             "gates_fetched": plgpu.Barrier(),
@@ -133,6 +135,7 @@ def _replay(
     factors: Ref,
     state_tile: Ref,
     out_tile: Ref,
+    triangle: Ref,
     fetched: Ref,
     used: Ref,
     gates_fetched: Ref,
@@ -177,6 +180,8 @@ def _replay(
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         stage = stage_of(staging, warpgroup)
         rows, columns = tile.indices()
+        # Both warpgroups write the same.
+        tile.write(triangle, tile.ones_where(columns <= rows))
         own_values = tile.half(warpgroup)
         of_states = tile.own_head(head, warpgroup, paired=paired)
         columns_of_states = pl.ds(0, HALF) if paired else own_values
@@ -200,22 +205,25 @@ def _replay(
                 pl.when(step >= 1)(lambda: plgpu.barrier_wait(scores_read))
             tile.write_split(pair, gate)
             plgpu.commit_smem()
-            sums = tile.summed(tile.ones_where(columns - rows + zero <= 0), pair, staging=stage)
+            sums = tile.summed(triangle, pair, staging=stage)
             plgpu.barrier_wait(fetched.at[slot])
             q_own, k_own = q_tile.at[slot, :, own], k_tile.at[slot, :, own]
             total = plgpu.load(totals_tile.at[slot, own], layout=tile.COLUMN)
             decay = jnp.exp(total)
 
-            def factored() -> None:
-                high, low = tile.split(tile.load(q_own) * (jnp.exp(sums) * scale))
+            def factored() -> jax.Array:
+                high, low = tile.split(tile.load(q_own) * tile.scaled_exp(sums, scale), rounded=True)
                 q_own[...] = high
                 k_own[...] = (tile.load(k_own) * jnp.exp(-sums)).astype(jnp.bfloat16)
-                factors[0, own] = tile.ones(HALF)
                 factors[1, own] = decay
                 plgpu.commit_smem()
                 terms = [(part, k_own.transpose((1, 0))) for part in (high, low)]
                 part = tile.product((CHUNK, CHUNK), *terms, staging=stage)
-                own_scores[...] = jnp.where(columns - rows + zero <= 0, part, 0.0)
+                return jnp.where(columns - rows + zero <= 0, part, 0.0)
+
+            def factored_beside_exact() -> None:
+                own_scores[...] = factored()
+                factors[0, own] = tile.ones(HALF)
 
             def exact() -> None:
                 over = Passes.of(pair, factors.at[0, own], staging=stage)
@@ -235,7 +243,7 @@ def _replay(
                 later = tile.summed(tile.ones_where(columns - rows + zero > 0), pair, staging=stage)
                 plgpu.commit_smem()
                 own_scores[...] = part
-                q_own[...] = (tile.load(q_own) * (jnp.exp(sums) * scale)).astype(jnp.bfloat16)
+                q_own[...] = (tile.load(q_own) * tile.scaled_exp(sums, scale)).astype(jnp.bfloat16)
                 k_own[...] = (tile.load(k_own) * jnp.exp(later)).astype(jnp.bfloat16)
                 factors[0, own] = decay
                 factors[1, own] = tile.ones(HALF)
@@ -243,9 +251,11 @@ def _replay(
             if some_strong:
                 own_strong = strong[batch, head, chunk, warpgroup] != 0
                 pl.when(own_strong)(exact)
-                pl.when(jnp.logical_not(own_strong))(factored)
+                pl.when(jnp.logical_not(own_strong))(factored_beside_exact)
             else:
-                factored()
+                scored = factored()
+                if not paired:
+                    own_scores[...] = scored
             own_state = state_tile.at[mine]
             if states:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -253,20 +263,25 @@ def _replay(
             plgpu.commit_smem()
             for target in states:
                 plgpu.copy_smem_to_gmem(own_state, target.at[batch, of_states, chunk, :, columns_of_states])
-            if paired:
-                scored, q_part, k_part, factor = tile.load(own_scores), q_own, k_own, factors.at[:, own]
-            else:
+            if not paired:
                 plgpu.barrier_arrive(prepared)
                 plgpu.barrier_wait(prepared)
-                scored = tile.load(own_scores) + tile.load(other_scores)
+            if some_strong:
+                scored = tile.load(own_scores)
+            if paired:
+                q_part, k_part, factor = q_own, k_own, factors.at[:, own]
+            else:
                 q_part, k_part, factor = q_tile.at[slot], k_tile.at[slot], factors
-            before, after = (plgpu.load(factor.at[i], layout=tile.ROW) for i in range(2))
+                scored += tile.load(other_scores)
+            if some_strong:
+                state *= tile.along_rows(plgpu.load(factor.at[0], layout=tile.ROW), HALF)
+            after = plgpu.load(factor.at[1], layout=tile.ROW)
             if not paired:
                 plgpu.barrier_arrive(scores_read)
             scored, v_own = tile.split(scored), v_tile.at[slot, :, own]
             result, state = tile.added_products(
                 (tile.zeros(CHUNK, HALF), [(q_part, own_state), *((part, v_own) for part in scored)]),
-                (state * tile.along_rows(before, HALF), [(k_part.transpose((1, 0)), v_own)]),
+                (state, [(k_part.transpose((1, 0)), v_own)]),
                 staging=stage,
             )
             plgpu.barrier_arrive(used.at[slot])

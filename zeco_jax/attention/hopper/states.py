@@ -271,7 +271,7 @@ def _walk(
             # Every column is the same.
             total = jnp.max(total, axis=1)
             own_keys = keys_tile.at[slot, :, own]
-            own_keys[...] = (tile.load(own_keys) * (jnp.exp(decays) * scale)).astype(jnp.bfloat16)
+            own_keys[...] = (tile.load(own_keys) * tile.scaled_exp(decays, scale)).astype(jnp.bfloat16)
             plgpu.commit_smem()
             before(walk.chunk(stretch, step), state, total)
             state *= tile.along_rows(jnp.exp(total), state.shape[-1])

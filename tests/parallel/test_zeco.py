@@ -69,6 +69,28 @@ class TestChainByName(ZecoContract):
     covers = cases.ESSENTIAL[:1]
 
 
+@pytest.mark.gpu
+class TestHopperOnTwoGpus(ZecoContract):
+    """Two stretches or more on each rank; documents that begin and end at its borders."""
+
+    ranks = 2
+    options: ClassVar = {"backend": "hopper"}
+    covers = tuple(
+        cases.Case(
+            f"{decay}-{segments or 'one_document'}-{key_width}-{value_width}",
+            decay,
+            ("near_one", "gla", "mixed", "sometimes_zero"),
+            tokens=600,
+            key_width=key_width,
+            value_width=value_width,
+            dtype="bfloat16",
+            segments=segments,
+        )
+        for decay, segments in (("channel", None), ("channel", "rank_ends"), ("token", "rank_ends"))
+        for key_width, value_width in ((64, 64), (128, 128), (256, 512))
+    )
+
+
 class TestReferenceOverRanks(ZecoContract):
     ranks = 3
     options: ClassVar = {"backend": "reference"}

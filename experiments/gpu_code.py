@@ -73,7 +73,7 @@ class CodeConfig:
     jobs: int = 2
     """Compilations at a time."""
     keep: Path | None = None
-    """Folder for the kernels' PTX and disassembly; None: they are thrown away."""
+    """Folder for the kernels' PTX and disassembly, in one folder a case; None: they are thrown away."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.shapes if name not in SHAPES]
@@ -217,7 +217,7 @@ def compile_all(config: CodeConfig, folder: Path, console: Console) -> dict[Case
         waiting = {}
         for case in cases:
             own = folder / f"{case.name}-{case.decay}"
-            own.mkdir(parents=True, exist_ok=True)
+            own.mkdir()
             waiting[case] = pool.submit(kernels_of, case, str(own))
         return {case: future.result() for case, future in waiting.items()}
 
@@ -248,9 +248,10 @@ def report(config: CodeConfig) -> None:
     """Compiles and prints the table."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     with tempfile.TemporaryDirectory() as temporary:
-        console.print(table(compile_all(config, config.keep or Path(temporary), console)))
-    if config.keep:
-        console.print(f"PTX and disassembly are in {config.keep}", soft_wrap=True)
+        console.print(table(compile_all(config, Path(temporary), console)))
+        if config.keep:
+            shutil.copytree(temporary, config.keep, dirs_exist_ok=True)
+            console.print(f"PTX and disassembly are in {config.keep}", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

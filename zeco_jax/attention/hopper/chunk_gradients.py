@@ -88,7 +88,7 @@ def chunk_gradients(
     batch, _, heads, width = q.shape
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     pairs = tile.bf16_tile(COMPUTING, 2, CHUNK, HALF)
-    # Quarters of a tile of the state that half of the values meet; of paired heads as many warpgroups use them.
+    # Tiles [HALF, HALF] of states for each half of the values, and how many warpgroups use these.
     borders = 1 if paired else COMPUTING
     *gradients, _ = launch(
         partial(_gradients, walk=walk, scale=scale, paired=paired),
@@ -112,7 +112,7 @@ def chunk_gradients(
             "state_work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, _SLOTS, HALF, HALF), pairs),
             # On the way to device memory, and again parts of sums.
             "staged": pairs,
-            # The products of outputs' cotangents and values, flipped, too: of one head each warpgroup has one.
+            # The products of outputs' cotangents and values, and the same flipped: one pair for each head of the tile.
             "weights_tile": tile.bf16_tile(2 * COMPUTING // borders, *_SQUARE),
             # Ones up to and including the diagonal, and below it.
             "triangles": tile.bf16_tile(2, *_SQUARE),

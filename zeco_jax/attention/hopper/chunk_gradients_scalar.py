@@ -82,7 +82,7 @@ def chunk_gradients_scalar(
             "dout_tile": values,
             "state_tile": borders,
             "leaving_tile": borders,
-            # The gates' sums, and the positions, for each warpgroup its own: nothing else makes the two wait.
+            # The gates' sums, and the positions, for each warpgroup its own: here racecheck sees both write them.
             "vectors": plgpu.SMEM((1 + COMPUTING, CHUNK), jnp.float32),
             "keys_fetched": plgpu.Barrier(num_arrivals=2 * COMPUTING + 1),
             "keys_used": plgpu.Barrier(num_arrivals=COMPUTING),

@@ -33,14 +33,16 @@ def launch(
     Args:
         body: takes the references of inputs, of a `nothing` and of outputs, and by name the scratch memory and
             `staging` (see `tile.products`). `nothing[0]` is a zero that the compiler doesn't know, see `hidden_zero`.
-            The warps of a warpgroup wait for each other in `commit_smem` and `wait_smem_to_gmem` alone: one of them
-            belongs between a product and a store to what it read, and between a store and whoever reads it.
+            The warps of a warpgroup wait for each other in `commit_smem` and `wait_smem_to_gmem`, and at barriers. One
+            of these belongs between a product, or a load in another layout, and a store to what it read; and one of
+            the first two between a store and whoever reads it, other than each thread what it wrote. Where both
+            warpgroups write the same to one place, each waits for its own warps, and finds the same whoever was last.
         inputs: arrays in device memory.
         outputs: what the kernel writes.
         scratch: shared memory and barriers.
         name: of the kernel.
         stretches: how many; each is walked by a block of threads for each tile of the state.
-        state: the shape of the state, [B, H, K, V], K and V multiples of TILE.
+        state: the shape of the state, [B, H, K, V], K and V multiples of TILE; H counts a pair of heads as one.
         interpret: simulate the kernel.
 
     Returns:

@@ -183,7 +183,7 @@ def split(x: jax.Array, *, rounded: bool = False) -> tuple[jax.Array, jax.Array]
     Args:
         x: float32.
         rounded: the first is the nearest to `x`, for whoever takes it alone; otherwise `x` cut off, which leaves it off
-            by up to 2^-8, always towards zero, and takes one instruction less for each number.
+            by up to 2^-7, always towards zero, and takes one instruction less for each number.
     """
     # By hand: converting one number there and back takes eight times as long as converting two at once.
     bits = lax.bitcast_convert_type(x, jnp.int32)

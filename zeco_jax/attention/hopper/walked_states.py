@@ -53,7 +53,7 @@ class Fetched(NamedTuple):
 Leave = Callable[[jax.Array], None]
 """Writes the state that enters the chunk to device memory."""
 Step = Callable[[Fetched, jax.Array, Leave | None], jax.Array]
-"""From the state that enters a chunk the one that leaves it, the warpgroup's rows [HALF, TILE]."""
+"""From the state that enters a chunk the one that leaves it, the warpgroup's rows [HALF, TILE]; paired [HALF, HALF]."""
 
 
 def walk_states(

@@ -1,6 +1,5 @@
 """Decays between the tokens of a chunk, where there is one per token and head."""
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +9,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from zeco_jax.attention.hopper import tile
 from zeco_jax.attention.hopper.tile import CHUNK, Ref
 
-_LOG2_E = math.log2(math.e)
 # An exponent whose power is 0.
 _NOTHING = -1e30
 
@@ -58,8 +56,8 @@ class Decays:
         Args:
             transposed: exchange rows and columns.
         """
-        rows = tile.along_rows(self._rows() * _LOG2_E, CHUNK)
-        columns = tile.along_columns(self._columns() * _LOG2_E, CHUNK)
+        rows = tile.along_rows(self._rows() * tile.LOG2_E, CHUNK)
+        columns = tile.along_columns(self._columns() * tile.LOG2_E, CHUNK)
         row, column = tokens_at(self.positions)
         exponents, shown = (columns - rows, row <= column) if transposed else (rows - columns, column <= row)
         # Hidden before the exponential, which could overflow there.

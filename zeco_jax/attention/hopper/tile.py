@@ -28,7 +28,7 @@ FP32_TILES = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 WEAKEST_GATE = -120.0
 # While no channel of a chunk decays by more than e^-50, exp(-b) of its sums b, and products with it, stay in range.
 FACTORED_LIMIT = -50.0
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 
 Ref = Any
 Factors = tuple[jax.Array | Ref, Ref]
@@ -197,7 +197,7 @@ def split(x: jax.Array, *, rounded: bool = False) -> tuple[jax.Array, jax.Array]
 def scaled_exp(x: jax.Array, scale: float) -> jax.Array:
     """The exponential of `x` times `scale`, which costs nothing if it is positive: it is added to the exponent."""
     if scale > 0:
-        return jnp.exp2(x * _LOG2_E + math.log2(scale))
+        return jnp.exp2(x * LOG2_E + math.log2(scale))
     return jnp.exp(x) * scale
 
 

@@ -79,7 +79,7 @@ def gradients_scalar(
     halves = tile.bf16_tile(COMPUTING, CHUNK, HALF)
     chunk_tile = tile.bf16_tile(_SLOTS, CHUNK, TILE)
     of_states, *state = tile.state_shape(heads, paired=paired)
-    count = len(tile.heads_of(0, paired=paired))
+    count = tile.heads_per_tile(paired=paired)
     return launch(
         partial(_gradients, walk=walk, scale=scale, paired=paired),
         (q, k, v, sums, dout, states, leaving),
@@ -209,7 +209,7 @@ def _gradients(
         # The keys of the states by halves; a paired head has one.
         sides = [pl.ds(index * HALF, HALF) for index in range(1 if paired else COMPUTING)]
         of_states = tile.own_head(head, warpgroup, paired=paired)
-        columns = sides[0] if paired else own_channels
+        columns = tile.in_state(own_channels, paired=paired)
 
         def products(*jobs: list[tile.Factors]) -> tuple[jax.Array, ...]:
             return tile.products(*(((CHUNK, CHUNK), terms) for terms in jobs), staging=stage)

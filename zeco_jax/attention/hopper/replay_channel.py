@@ -184,7 +184,7 @@ def _replay(
         tile.write(triangle, tile.ones_where(columns <= rows))
         own_values = tile.half(warpgroup)
         of_states = tile.own_head(head, warpgroup, paired=paired)
-        columns_of_states = pl.ds(0, HALF) if paired else own_values
+        columns_of_states = tile.in_state(own_values, paired=paired)
 
         def is_strong(step: jax.Array) -> jax.Array:
             halves = strong.at[batch, head, walk.chunk(stretch, step)]

@@ -66,7 +66,7 @@ def replay_scalar(
     queries, keys = (k, q) if walk.reverse else (q, k)
     _, of_states, _, *state = entering.shape
     states = (bfloat16(batch, of_states, walk.chunks, *state),) if keep_states else ()
-    count = len(tile.heads_of(0, paired=paired))
+    count = tile.heads_per_tile(paired=paired)
     return launch(
         partial(_replay, walk=walk, scale=scale, paired=paired),
         (queries, keys, values, sums, entering),
@@ -138,7 +138,7 @@ def _replay(
         stage = stage_of(staging, warpgroup)
         own_values = pl.ds(value_tile * TILE + warpgroup * HALF, HALF)
         of_states = tile.own_head(head, warpgroup, paired=paired)
-        columns = pl.ds(0, HALF) if paired else own_values
+        columns = tile.in_state(own_values, paired=paired)
         positions = sums_tile.at[_SLOTS, 0]
         # Both warpgroups write the same.
         write_positions(positions)

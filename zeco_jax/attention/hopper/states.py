@@ -211,7 +211,7 @@ def _place(head: jax.Array, *, paired: bool) -> tuple[pl.Slice, jax.Array, pl.Sl
     """A warpgroup's channels of the tile; the head, and of it the rows, of its states."""
     warpgroup = lax.axis_index("warpgroup")
     own = tile.half(warpgroup)
-    return own, tile.own_head(head, warpgroup, paired=paired), pl.ds(0, HALF) if paired else own
+    return own, tile.own_head(head, warpgroup, paired=paired), tile.in_state(own, paired=paired)
 
 
 def _walk(

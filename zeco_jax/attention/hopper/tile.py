@@ -63,9 +63,19 @@ def own_head(head: jax.Array, warpgroup: jax.Array, *, paired: bool) -> jax.Arra
     return COMPUTING * head + warpgroup if paired else head
 
 
+def heads_per_tile(*, paired: bool) -> int:
+    """How many heads share a tile."""
+    return COMPUTING if paired else 1
+
+
 def heads_of(head: jax.Array, *, paired: bool) -> list[jax.Array]:
     """The heads of a tile."""
-    return [own_head(head, warpgroup, paired=paired) for warpgroup in range(COMPUTING if paired else 1)]
+    return [own_head(head, warpgroup, paired=paired) for warpgroup in range(heads_per_tile(paired=paired))]
+
+
+def in_state(channels: pl.Slice, *, paired: bool) -> pl.Slice:
+    """Where a warpgroup's channels are in the states of `own_head`: of a paired head it has all."""
+    return pl.ds(0, HALF) if paired else channels
 
 
 def state_shape(heads: int, *, paired: bool) -> tuple[int, int, int]:

@@ -91,7 +91,7 @@ def walk_states(
     keys, values, *_ = inputs
     batch, _, heads, key_width = keys.shape
     is_traced = len(inputs) > 3
-    count = len(tile.heads_of(0, paired=paired))
+    count = tile.heads_per_tile(paired=paired)
     scratch = {
         "keys_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
         "values_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
@@ -156,8 +156,8 @@ def _walk(
         plgpu.set_max_registers(COMPUTING_REGISTERS, action="increase")
         own, stage = tile.half(warpgroup), stage_of(staging, warpgroup)
         of_states = tile.own_head(head, warpgroup, paired=paired)
-        own_rows = pl.ds(0, HALF) if paired else pl.ds(key_tile * TILE + warpgroup * HALF, HALF)
-        columns = pl.ds(0, HALF) if paired else of_values
+        own_rows = tile.in_state(pl.ds(key_tile * TILE + warpgroup * HALF, HALF), paired=paired)
+        columns = tile.in_state(of_values, paired=paired)
 
         def leave(chunk: jax.Array, state: jax.Array) -> None:
             own_state = state_tile.at[warpgroup]

@@ -70,7 +70,7 @@ class HopperBackend(Backend):
         """What the tokens do to a state; needs no state from outside."""
         prepared = prepared or self.prepare(k, v, gates)
         state = prepared.enter(jnp.zeros_like(prepared.states[:, :, 0]))[1]
-        decay = jnp.exp(jnp.sum(_by_head(prepared.totals, state.shape[1]), axis=2))
+        decay = jnp.exp(jnp.sum(_by_head(prepared.gates, state.shape[1]), axis=2))
         decay = jnp.broadcast_to(decay, state.shape[:-1])
         return Summary(decay[..., : k.shape[-1]], state[..., : k.shape[-1], : v.shape[-1]])
 
@@ -109,7 +109,6 @@ class HopperBackend(Backend):
             work.pack(q),
             work.keys,
             work.values,
-            prepared.totals,
             entering,
             prepared.walk,
             self.scale,
@@ -234,7 +233,7 @@ class HopperBackend(Backend):
 
         def compute(*earlier: jax.Array) -> jax.Array:
             waiting, *_ = lax.optimization_barrier((entering, *earlier))
-            return work.decays.chunk_states(work.keys, work.values, prepared.totals, waiting, prepared.walk, decayed)
+            return work.decays.chunk_states(work.keys, work.values, waiting, prepared.walk, decayed)
 
         return compute, decayed
 
@@ -289,23 +288,24 @@ class _Summaries:
 
     Attributes:
         states: [B, H, summarized, K, V], what the summarized stretches leave of a state of zeros; None without any.
-        totals: [B, H, chunks, K or 1], the chunks' gates; of paired heads side by side.
+        gates: [B, H, summarized, K or 1], the sums of their gates; of paired heads side by side. None without any.
         walk: the stretches.
     """
 
     states: jax.Array | None
-    totals: jax.Array
+    gates: jax.Array | None
     walk: Walk = field(metadata={"static": True})
 
     def enter(self, first: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """The states that enter the stretches, from that of the first one walked; and what leaves, unless closed."""
         walk = self.walk
         order = -1 if walk.reverse else 1
-        decays = jnp.exp(_by_head(jnp.sum(walk.by_stretch(self.totals), axis=3), first.shape[1]))
         entered = [first]
-        # Not a scan: unrolled, XLA makes one kernel of it.
-        for index, stretch in list(enumerate(walk.summarized))[::order]:
-            entered.append(decays[:, :, stretch, :, None] * entered[-1] + self.states[:, :, index])
+        if walk.summarized:
+            decays = jnp.exp(_by_head(self.gates, first.shape[1]))
+            # Not a scan: unrolled, XLA makes one kernel of it.
+            for index in range(len(walk.summarized))[::order]:
+                entered.append(decays[:, :, index, :, None] * entered[-1] + self.states[:, :, index])
         last = None if walk.closed else entered.pop()
         return jnp.stack(entered[::order], axis=2), last
 
@@ -364,10 +364,9 @@ class _Work(NamedTuple):
         # The replay takes all keys together.
         blocks = batch * heads * (self.values.shape[-1] // TILE)
         count = stretches(blocks, tokens // CHUNK)
-        closed = not needed and (count == 1 or self.decays.closes_many_stretches)
-        walk = Walk(tokens // CHUNK, count, reverse, closed)
+        walk = Walk(tokens // CHUNK, count, reverse, closed=not needed)
         if not walk.summarized:
-            return _Summaries(None, self.decays.totals(intra), walk)
+            return _Summaries(None, None, walk)
         return _Summaries(*self.decays.stretch_states(self.keys, self.values, walk, scale, intra), walk)
 
     def pad_state(self, state: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from zeco_jax.attention.hopper.plan import stretches
 from zeco_jax.attention.hopper.replay_channel import replay_channel
 from zeco_jax.attention.hopper.replayed import Replayed, States, only
 from zeco_jax.attention.hopper.states import chunk_states, stretch_states
-from zeco_jax.attention.hopper.tile import CHUNK, FACTORED_LIMIT, HALF, TILE, WEAKEST_GATE
+from zeco_jax.attention.hopper.tile import FACTORED_LIMIT, HALF, TILE
 from zeco_jax.attention.hopper.walk import Walk
 
 
@@ -24,28 +24,18 @@ class ChannelDecays(NamedTuple):
     interpret: bool
     paired: bool = False
 
-    # The summary of a stretch comes with the sums of its chunks' gates, which the replay needs of all stretches.
-    closes_many_stretches = False
-
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """States that the stretches leave [B, H, stretches, K, V], and the chunks' gates [B, H, chunks, K]."""
+        """States that summarized stretches leave [B, H, summarized, K, V], and their gates [B, H, summarized, K]."""
         del intra
         return stretch_states(keys, values, self.gates, walk=walk, scale=scale, **self._options)
 
-    def totals(self, intra: None) -> jax.Array:
-        """The chunks' gates without a kernel that sums them on its way, [B, H, chunks, K]."""
-        del intra
-        batch, _, heads, width = self.gates.shape
-        by_chunk = jnp.maximum(self.gates, WEAKEST_GATE).reshape(batch, -1, CHUNK, heads, width)
-        return jnp.moveaxis(jnp.sum(by_chunk, axis=2), 1, 2)
-
     def chunk_states(
-        self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
+        self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
     ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
-        del totals, intra
+        del intra
         return chunk_states(k, v, self.gates, entering, walk=walk, **self._options)[0]
 
     def intra(self, q: jax.Array, k: jax.Array, scale: float) -> None:
@@ -57,7 +47,6 @@ class ChannelDecays(NamedTuple):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        totals: jax.Array,
         entering: jax.Array,
         walk: Walk,
         scale: float,
@@ -72,8 +61,6 @@ class ChannelDecays(NamedTuple):
             k,
             v,
             self.gates,
-            totals,
-            *strong_chunks(totals, walk),
             entering,
             walk=walk,
             scale=scale,
@@ -150,5 +137,4 @@ def strong_chunks(totals: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
         stretch, [B, H, stretches, K].
     """
     by_half = jnp.min(totals.reshape(*totals.shape[:3], -1, HALF), axis=-1) < FACTORED_LIMIT
-    # The latter by channels: before a replay XLA finds it in one kernel with the sums over the stretches.
     return by_half.astype(jnp.int32), jnp.min(walk.by_stretch(totals), axis=3)

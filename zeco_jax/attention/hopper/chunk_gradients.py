@@ -271,7 +271,9 @@ def _gradients(
             first, second = strong_halves(walk.chunk(stretch, step))
             return (first | second) != 0
 
-        def step_body(step: jax.Array, _: tuple[()], *, some_strong: bool) -> tuple[()]:
+        def step_body(step: jax.Array, _: tuple[()], *, some_strong: bool) -> tuple[jax.Array, tuple[()]]:
+            # Asked for before it is needed: it comes from device memory.
+            next_strong = is_strong(jnp.minimum(step + 1, steps - 1))
             chunk = walk.chunk(stretch, step)
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             zero = hidden_zero(step)
@@ -479,17 +481,20 @@ def _gradients(
             plgpu.commit_smem()
             for i, target in enumerate((dq, dk)):
                 plgpu.copy_smem_to_gmem(own_staged.at[i], target.at[batch, tokens, head, own_keys])
-            return ()
+            return next_strong, ()
 
         walk_runs(
             steps + nothing[0],
-            is_strong,
-            tile.least(weakest.at[batch, head, stretch, all_keys], numbers.at[tile.half(warpgroup)]) < FACTORED_LIMIT,
+            is_strong(jnp.int32(0)),
             step_body,
             tuple,
             lambda _: None,
             lambda _: None,
             tuple,
+            some_strong=(
+                tile.least(weakest.at[batch, head, stretch, all_keys], numbers.at[tile.half(warpgroup)])
+                < FACTORED_LIMIT
+            ),
         )
         plgpu.wait_smem_to_gmem(0)
 

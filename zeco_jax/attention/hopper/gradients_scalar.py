@@ -66,7 +66,7 @@ def gradients_scalar(
         dout: [B, T, H, TILE] bfloat16.
         states: [B, H, chunks, TILE, TILE] bfloat16, the state that enters each chunk.
         leaving: [B, H, stretches, TILE, TILE] float32, the cotangent of the state that leaves each stretch.
-        walk: the stretches, in reverse; closed only if there is one.
+        walk: the stretches, in reverse.
         scale: factor on the outputs.
         paired: see `tile.own_head`; sums and states are those of 2 H heads, of the gates' parts there is one for each.
         interpret: simulate the kernel.
@@ -320,8 +320,11 @@ def _gradients(
 
         later = tuple(tile.load_global(leaving.at[batch, of_states, stretch, side, columns]) for side in sides)
         later = lax.fori_loop(0, walk.steps(stretch) + nothing[0], step_body, later)
-        for target in left:
+
+        @pl.when(walk.closes(stretch))
+        def _leave() -> None:
             for side, rest in zip(sides, later, strict=True):
-                target[batch, of_states, side, columns] = rest
+                left[0][batch, of_states, side, columns] = rest
+
         plgpu.barrier_wait(leaving_read)
         plgpu.wait_smem_to_gmem(0)

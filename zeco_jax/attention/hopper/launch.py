@@ -75,7 +75,7 @@ def launch(
         grid_names=tuple(grid),
         num_threads=tile.COMPUTING + 1,
         thread_name="warpgroup",
-        # No reduction here goes across warps, so none needs memory for it.
+        # Reductions across warps are to a single number, and of the fetching warpgroup alone.
         compiler_params=plgpu.CompilerParams(
             approx_math=True, reduction_scratch_bytes=16, unsafe_no_auto_barriers=True
         ),

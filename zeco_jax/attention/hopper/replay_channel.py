@@ -24,7 +24,9 @@ from zeco_jax.attention.hopper.runs import walk_runs
 from zeco_jax.attention.hopper.tile import CHUNK, COMPUTING, FACTORED_LIMIT, HALF, PRODUCER, TILE, Ref
 from zeco_jax.attention.hopper.walk import Walk
 
+# Chunks in flight, and tokens whose gates are loaded together to be summed.
 _SLOTS = 2
+_TOKENS = 8
 
 
 def replay_channel(
@@ -32,9 +34,6 @@ def replay_channel(
     k: jax.Array,
     v: jax.Array,
     gates: jax.Array,
-    totals: jax.Array,
-    strong: jax.Array,
-    weakest: jax.Array,
     entering: jax.Array,
     *,
     walk: Walk,
@@ -54,12 +53,9 @@ def replay_channel(
         k: [B, T, H, TILE] bfloat16.
         v: [B, T, H, TILE] bfloat16.
         gates: [B, T, H, TILE] float32.
-        totals: [B, H, chunks, TILE] float32, the gates' sums over each chunk.
-        strong: [B, H, chunks, 2] int32, which halves of the channels are too strong for exponents of both signs.
-        weakest: [B, H, stretches, TILE] float32, the least of the sums in each stretch.
         entering: [B, H, stretches, TILE, TILE] float32, the state that enters each stretch; of paired heads all states
             are [B, 2 H, *, HALF, HALF].
-        walk: the stretches, forward; closed only if there is one.
+        walk: the stretches, forward.
         scale: factor on the outputs.
         keep_states: return the chunks' states, too.
         paired: see `tile.own_head`.
@@ -74,7 +70,7 @@ def replay_channel(
     states = (bfloat16(batch, of_states, walk.chunks, *state),) if keep_states else ()
     out, _, *others = launch(
         partial(_replay, walk=walk, scale=scale, paired=paired),
-        (q, k, v, gates, totals, strong, weakest, entering),
+        (q, k, v, gates, entering),
         (
             bfloat16(*v.shape),
             float32(batch, of_states, walk.stretches, *state),
@@ -86,7 +82,9 @@ def replay_channel(
             "k_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
             "v_tile": tile.bf16_tile(_SLOTS, CHUNK, TILE),
             "gates_tile": tile.fp32_tile(CHUNK, TILE),
-            "totals_tile": plgpu.SMEM((_SLOTS, TILE), jnp.float32),
+            # The gates' sums over a chunk, and the least of them in each half of the channels.
+            "totals": plgpu.SMEM((_SLOTS, TILE), jnp.float32),
+            "least": plgpu.SMEM((_SLOTS, COMPUTING), jnp.float32),
             # Scores take the place of the gates, once these are summed.
             "work": plgpu.RefUnion(tile.bf16_tile(COMPUTING, 2, CHUNK, HALF), tile.fp32_tile(COMPUTING, CHUNK, CHUNK)),
             # Decays of the state; before, what `Passes` keeps.
@@ -95,10 +93,11 @@ def replay_channel(
             "out_tile": tile.bf16_tile(COMPUTING, CHUNK, HALF),
             # Ones up to and including the diagonal.
             "triangle": tile.bf16_tile(CHUNK, CHUNK),
-            "fetched": plgpu.Barrier(num_arrivals=4, num_barriers=_SLOTS),
+            "fetched": plgpu.Barrier(num_arrivals=3, num_barriers=_SLOTS),
             "used": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=_SLOTS),
             "gates_fetched": plgpu.Barrier(),
             "gates_used": plgpu.Barrier(num_arrivals=COMPUTING),
+            "summed": plgpu.Barrier(),
             "prepared": plgpu.Barrier(num_arrivals=COMPUTING),
             "scores_read": plgpu.Barrier(num_arrivals=COMPUTING),
         },
@@ -115,9 +114,6 @@ def _replay(
     k: Ref,
     v: Ref,
     gates: Ref,
-    totals: Ref,
-    strong: Ref,
-    weakest: Ref,
     entering: Ref,
     nothing: Ref,
     out: Ref,
@@ -130,7 +126,8 @@ def _replay(
     k_tile: Ref,
     v_tile: Ref,
     gates_tile: Ref,
-    totals_tile: Ref,
+    totals: Ref,
+    least: Ref,
     work: Ref,
     factors: Ref,
     state_tile: Ref,
@@ -140,6 +137,7 @@ def _replay(
     used: Ref,
     gates_fetched: Ref,
     gates_used: Ref,
+    summed: Ref,
     prepared: Ref,
     scores_read: Ref,
     staging: Ref | None,
@@ -164,12 +162,21 @@ def _replay(
             plgpu.copy_gmem_to_smem(q.at[batch, tokens, head], q_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(k.at[batch, tokens, head], k_tile.at[slot], full)
             plgpu.copy_gmem_to_smem(v.at[batch, tokens, head], v_tile.at[slot], full)
-            plgpu.copy_gmem_to_smem(totals.at[batch, head, chunk], totals_tile.at[slot], full)
             pl.when(step >= 1)(lambda: plgpu.barrier_wait(gates_used))
             plgpu.copy_gmem_to_smem(gates.at[batch, tokens, head], gates_tile, gates_fetched)
+            # Summed here, while the others are at the chunk before: they must know which loop is for this one.
+            plgpu.barrier_wait(gates_fetched)
+            sums = [_sum_of_tokens(gates_tile.at[:, tile.half(half)]) for half in range(COMPUTING)]
+            for half, total in enumerate(sums):
+                totals[slot, tile.half(half)] = total
+                least[slot, half] = jnp.min(total)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(summed)
 
         # A barrier may not go while somebody has still to pass it.
         plgpu.barrier_wait(gates_used)
+        # At their last step the others ask once more.
+        plgpu.barrier_arrive(summed)
 
         @pl.loop(jnp.maximum(steps - _SLOTS, 0), steps)
         def _drain(step: jax.Array) -> None:
@@ -187,10 +194,12 @@ def _replay(
         columns_of_states = tile.in_state(own_values, paired=paired)
 
         def is_strong(step: jax.Array) -> jax.Array:
-            halves = strong.at[batch, head, walk.chunk(stretch, step)]
-            return (halves[0] | halves[1]) != 0
+            """Waits for the sums of this step's gates."""
+            plgpu.barrier_wait(summed)
+            slot = lax.rem(step, _SLOTS)
+            return jnp.minimum(least[slot, 0], least[slot, 1]) < FACTORED_LIMIT
 
-        def step_body(step: jax.Array, state: jax.Array, *, some_strong: bool) -> jax.Array:
+        def step_body(step: jax.Array, state: jax.Array, *, some_strong: bool) -> tuple[jax.Array, jax.Array]:
             slot = lax.rem(step, _SLOTS)
             chunk = walk.chunk(stretch, step)
             zero = hidden_zero(step)
@@ -208,7 +217,7 @@ def _replay(
             sums = tile.summed(triangle, pair, staging=stage)
             plgpu.barrier_wait(fetched.at[slot])
             q_own, k_own = q_tile.at[slot, :, own], k_tile.at[slot, :, own]
-            total = plgpu.load(totals_tile.at[slot, own], layout=tile.COLUMN)
+            total = plgpu.load(totals.at[slot, own], layout=tile.COLUMN)
             decay = jnp.exp(total)
 
             def factored() -> jax.Array:
@@ -218,8 +227,7 @@ def _replay(
                 factors[1, own] = decay
                 plgpu.commit_smem()
                 terms = [(part, k_own.transpose((1, 0))) for part in (high, low)]
-                part = tile.product((CHUNK, CHUNK), *terms, staging=stage)
-                return jnp.where(columns - rows + zero <= 0, part, 0.0)
+                return tile.product((CHUNK, CHUNK), *terms, staging=stage)
 
             def factored_beside_exact() -> None:
                 own_scores[...] = factored()
@@ -249,7 +257,7 @@ def _replay(
                 factors[1, own] = tile.ones(HALF)
 
             if some_strong:
-                own_strong = strong[batch, head, chunk, warpgroup] != 0
+                own_strong = least[slot, warpgroup] < FACTORED_LIMIT
                 pl.when(own_strong)(exact)
                 pl.when(jnp.logical_not(own_strong))(factored_beside_exact)
             else:
@@ -278,7 +286,10 @@ def _replay(
             after = plgpu.load(factor.at[1], layout=tile.ROW)
             if not paired:
                 plgpu.barrier_arrive(scores_read)
-            scored, v_own = tile.split(scored), v_tile.at[slot, :, own]
+            # Numbers, not conditions: a mask for each place would take 32 registers all along. What it takes away is
+            # at most e^50 times larger than what stays.
+            up_to = plgpu.load(triangle, layout=tile.WGMMA)
+            scored, v_own = [part * up_to for part in tile.split(scored)], v_tile.at[slot, :, own]
             result, state = tile.added_products(
                 (tile.zeros(CHUNK, HALF), [(q_part, own_state), *((part, v_own) for part in scored)]),
                 (state, [(k_part.transpose((1, 0)), v_own)]),
@@ -291,7 +302,7 @@ def _replay(
             own_out[...] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own_out, out.at[batch, tokens, head, own_values])
-            return state
+            return is_strong(step + 1), state
 
         own_parked = parked.at[batch, of_states, stretch, :, columns_of_states]
 
@@ -301,13 +312,13 @@ def _replay(
             plgpu.commit_smem()
 
         def last(state: jax.Array) -> None:
-            for target in left:
-                target[batch, of_states, :, columns_of_states] = state
+            @pl.when(walk.closes(stretch))
+            def _close() -> None:
+                left[0][batch, of_states, :, columns_of_states] = state
 
         walk_runs(
             steps + nothing[0],
-            is_strong,
-            tile.least(weakest.at[batch, head, stretch], factors.at[0, own_values]) < FACTORED_LIMIT,
+            is_strong(jnp.int32(0)),
             step_body,
             lambda: tile.load_global(entering.at[batch, of_states, stretch, :, columns_of_states]),
             last,
@@ -317,3 +328,16 @@ def _replay(
         if not paired:
             plgpu.barrier_wait(scores_read)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _sum_of_tokens(gates: Ref) -> jax.Array:
+    """The gates' sums over a chunk [CHUNK, HALF].
+
+    Laid out so that all tokens of a channel are in one warp, for the few registers of who fetches. Not cut off at
+    WEAKEST_GATE: exponential and comparison with the limit come out the same.
+    """
+    parts = []
+    for start in range(0, CHUNK, _TOKENS):
+        part = gates.at[pl.ds(start, _TOKENS)].transpose((1, 0))
+        parts.append(plgpu.load(part, layout=plgpu.Layout.WGMMA_TRANSPOSED))
+    return jnp.sum(sum(parts[1:], start=parts[0]), axis=1)

@@ -23,9 +23,6 @@ class ScalarDecays(NamedTuple):
     interpret: bool
     paired: bool = False
 
-    # Narrow heads have many stretches: one summary less saves little.
-    closes_many_stretches = False
-
     @classmethod
     def of(cls, gates: jax.Array, interpret: bool, paired: bool = False) -> "ScalarDecays":
         """From gates [B or 1, T, H, 1], any T: those that are missing to a whole chunk don't decay."""
@@ -37,21 +34,16 @@ class ScalarDecays(NamedTuple):
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """States that summarized stretches leave [B, H, summarized, K, V], the chunks' gates [B or 1, H, chunks, 1]."""
+        """States that summarized stretches leave [B, H, summarized, K, V], their gates [B or 1, H, summarized, 1]."""
         del intra
         states = stretch_states_scalar(keys, values, self.sums, walk=walk, scale=scale, **self._options)
-        return states, self.totals()
-
-    def totals(self, intra: None = None) -> jax.Array:
-        """The chunks' gates, [B or 1, H, chunks, 1]."""
-        del intra
-        return self.sums[..., CHUNK - 1 :: CHUNK, None]
+        return states, walk.summed(self.sums[..., CHUNK - 1 :: CHUNK, None])
 
     def chunk_states(
-        self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
+        self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk, intra: None = None
     ) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
-        del totals, intra
+        del intra
         return chunk_states_scalar(k, v, self.sums, entering, walk=walk, **self._options)
 
     def intra(self, q: jax.Array, k: jax.Array, scale: float) -> None:
@@ -63,7 +55,6 @@ class ScalarDecays(NamedTuple):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        totals: jax.Array,
         entering: jax.Array,
         walk: Walk,
         scale: float,
@@ -72,7 +63,7 @@ class ScalarDecays(NamedTuple):
         keep_states: bool = False,
     ) -> Replayed:
         """The outputs, the chunks' states where they are to be kept, and the state that a closed walk ends with."""
-        del totals, intra
+        del intra
         options = {"walk": walk, "scale": scale, "keep_states": keep_states, **self._options}
         return Replayed.of(replay_scalar(q, k, v, self.sums, entering, **options), walk)
 

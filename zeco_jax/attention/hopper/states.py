@@ -37,7 +37,7 @@ def stretch_states(
     paired: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    r"""What each stretch leaves of a state of zeros, and by how much every chunk decays a state.
+    r"""What each stretch leaves of a state of zeros, and by how much it decays a state.
 
     .. math:: S \leftarrow e^{b_C} \odot S + \text{scale} \sum_t (e^{d_t} \odot k_t) v_t^\top
 
@@ -48,18 +48,19 @@ def stretch_states(
         keys: [B, T, H, TILE] bfloat16, T a multiple of CHUNK.
         values: [B, T, H, TILE] bfloat16.
         gates: [B, T, H, TILE] float32.
-        walk: the stretches, not closed.
+        walk: the stretches; of a closed walk the last one walked is left out.
         scale: factor on the states.
         paired: see `tile.own_head`.
         interpret: simulate the kernel.
 
     Returns:
-        States [B, H, stretches, TILE, TILE], of paired heads [B, 2 H, stretches, HALF, HALF], and the sums of the gates
-        of every chunk [B, H, chunks, TILE], float32.
+        States [B, H, summarized, TILE, TILE], of paired heads [B, 2 H, summarized, HALF, HALF], and the sums of the
+        gates of every stretch [B, H, summarized, TILE], float32.
     """
     batch, _, heads, _ = keys.shape
     of_states, *state = tile.state_shape(heads, paired=paired)
-    outputs = (float32(batch, of_states, walk.stretches, *state), float32(batch, heads, walk.chunks, TILE))
+    count = len(walk.summarized)
+    outputs = (float32(batch, of_states, count, *state), float32(batch, heads, count, TILE))
     return _launch((keys, values, gates), outputs, walk=walk, scale=scale, paired=paired, interpret=interpret)
 
 
@@ -84,7 +85,7 @@ def chunk_states(
         values: [B, T, H, TILE] bfloat16.
         gates: [B, T, H, TILE] float32.
         entering: [B, H, stretches, TILE, TILE] float32; of paired heads all states are [B, 2 H, *, HALF, HALF].
-        walk: the stretches; closed only if there is one.
+        walk: the stretches.
         scale: factor on what keys and values add.
         paired: see `tile.own_head`.
         interpret: simulate the kernel.
@@ -133,7 +134,7 @@ def _launch(
         outputs,
         scratch,
         name="chunk_states" if is_traced else "stretch_states",
-        stretches=walk.stretches,
+        stretches=walk.stretches if is_traced else len(walk.summarized),
         state=(batch, heads, TILE, TILE),
         interpret=interpret,
     )
@@ -147,24 +148,26 @@ def _summarized(
     states: Ref,
     totals: Ref,
     *,
+    walk: Walk,
     paired: bool,
     **options: Any,
 ) -> None:
     del nothing
-    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
+    batch, head, index = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
     own, of_states, rows = _place(head, paired=paired)
 
     def before(chunk: jax.Array, state: jax.Array, total: jax.Array) -> None:
-        del state
-        totals[batch, head, chunk, own] = total
+        del chunk, state, total
 
-    def after(state: jax.Array) -> None:
-        states[batch, of_states, stretch, rows] = state
+    def after(state: jax.Array, total: jax.Array) -> None:
+        states[batch, of_states, index, rows] = state
+        totals[batch, head, index, own] = total
 
     def first() -> jax.Array:
         return tile.zeros(HALF, states.shape[-1])
 
-    _walk(keys, values, gates, first, before, after, paired=paired, **options)
+    stretch = index + walk.summarized.start
+    _walk(keys, values, gates, stretch, first, before, after, walk=walk, paired=paired, **options)
 
 
 def _traced(
@@ -196,15 +199,19 @@ def _traced(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own_state, states.at[batch, of_states, chunk, rows])
 
-    def after(state: jax.Array) -> None:
-        for target in left:
-            target[batch, of_states, rows] = state
+    def after(state: jax.Array, total: jax.Array) -> None:
+        del total
+
+        @pl.when(walk.closes(stretch))
+        def _close() -> None:
+            left[0][batch, of_states, rows] = state
+
         plgpu.wait_smem_to_gmem(0)
 
     def first() -> jax.Array:
         return tile.load_global(entering.at[batch, of_states, stretch, rows])
 
-    _walk(keys, values, gates, first, before, after, walk=walk, paired=paired, **options)
+    _walk(keys, values, gates, stretch, first, before, after, walk=walk, paired=paired, **options)
 
 
 def _place(head: jax.Array, *, paired: bool) -> tuple[pl.Slice, jax.Array, pl.Slice]:
@@ -218,9 +225,10 @@ def _walk(
     keys: Ref,
     values: Ref,
     gates: Ref,
+    stretch: jax.Array,
     first: Callable[[], jax.Array],
     before: Callable[[jax.Array, jax.Array, jax.Array], None],
-    after: Callable[[jax.Array], None],
+    after: Callable[[jax.Array, jax.Array], None],
     *,
     walk: Walk,
     scale: float,
@@ -235,8 +243,7 @@ def _walk(
     used: Ref,
     staging: Ref | None,
 ) -> None:
-    batch, head, stretch = (lax.axis_index(name) for name in ("batch", "head", "stretch"))
-    warpgroup = lax.axis_index("warpgroup")
+    batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
 
     @pl.when(warpgroup == PRODUCER)
     def _fetch() -> None:
@@ -258,7 +265,8 @@ def _walk(
         weights[...] = tile.ones_where(columns <= rows if walk.reverse else columns > rows)
         ones[...] = tile.ones_where(rows >= 0)
 
-        def step_body(step: jax.Array, state: jax.Array) -> jax.Array:
+        def step_body(step: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            state, so_far = carry
             slot = lax.rem(step, _SLOTS)
             plgpu.barrier_wait(fetched.at[slot])
             tile.write_split(own_pair, jnp.maximum(tile.load(gates_tile.at[slot, :, own]), tile.WEAKEST_GATE))
@@ -278,6 +286,7 @@ def _walk(
             seen = values_tile.at[slot, :, own] if paired else values_tile.at[slot]
             (state,) = tile.added_products((state, [(own_keys.transpose((1, 0)), seen)]), staging=stage)
             plgpu.barrier_arrive(used.at[slot])
-            return state
+            return state, so_far + total
 
-        after(lax.fori_loop(0, walk.steps(stretch), step_body, first()))
+        nothing_yet = plgpu.layout_cast(jnp.zeros(HALF, jnp.float32), tile.ROW)
+        after(*lax.fori_loop(0, walk.steps(stretch), step_body, (first(), nothing_yet)))

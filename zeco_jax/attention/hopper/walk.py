@@ -50,6 +50,11 @@ class Walk:
         first = stretch * self.longest
         return first + (self.steps(stretch) - 1 - step if self.reverse else step)
 
+    def summed(self, totals: jax.Array) -> jax.Array:
+        """What chunks have [B, H, chunks, *] by summarized stretches, [B, H, summarized, *]."""
+        every = jnp.sum(self.by_stretch(totals), axis=3)
+        return every[:, :, self.summarized.start : self.summarized.stop]
+
     def by_stretch(self, x: jax.Array) -> jax.Array:
         """[B, H, chunks, *] as [B, H, stretches, longest, *], with zeros where the last one is shorter."""
         missing = self.stretches * self.longest - self.chunks

@@ -23,30 +23,23 @@ class WideChannelDecays(NamedTuple):
     gates: jax.Array
     interpret: bool
 
-    closes_many_stretches = True
-
     def stretch_states(
         self, keys: jax.Array, values: jax.Array, walk: Walk, scale: float = 1.0, intra: Decayed | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """States that summarized stretches leave [B, H, summarized, K, V], and the chunks' gates [B, H, chunks, K]."""
+        """States that summarized stretches leave [B, H, summarized, K, V], and their gates [B, H, summarized, K]."""
         if intra is None:
             batch, _, heads, width = keys.shape
             keys_walk = Walk(walk.chunks, stretches(batch * heads * (width // TILE), walk.chunks), walk.reverse)
             decayed, totals = decayed_keys(keys, self.gates, walk=keys_walk, scale=scale, interpret=self.interpret)
         else:
             decayed, totals = intra.queries if walk.reverse else intra.keys, intra.totals
-        return decayed_stretch_states(decayed, values, totals, walk=walk, interpret=self.interpret), totals
+        states = decayed_stretch_states(decayed, values, totals, walk=walk, interpret=self.interpret)
+        return states, walk.summed(totals)
 
-    def totals(self, intra: Decayed) -> jax.Array:
-        """The chunks' gates, [B, H, chunks, K]."""
-        return intra.totals
-
-    def chunk_states(
-        self, k: jax.Array, v: jax.Array, totals: jax.Array, entering: jax.Array, walk: Walk, intra: Decayed
-    ) -> jax.Array:
+    def chunk_states(self, k: jax.Array, v: jax.Array, entering: jax.Array, walk: Walk, intra: Decayed) -> jax.Array:
         """The states that enter the chunks, [B, H, chunks, K, V] bfloat16."""
         del k
-        return decayed_chunk_states(intra.keys, v, totals, entering, walk=walk, interpret=self.interpret)
+        return decayed_chunk_states(intra.keys, v, intra.totals, entering, walk=walk, interpret=self.interpret)
 
     def intra(self, q: jax.Array, k: jax.Array, scale: float) -> Decayed:
         """What of the replay needs no state."""
@@ -64,7 +57,6 @@ class WideChannelDecays(NamedTuple):
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        totals: jax.Array,
         entering: jax.Array,
         walk: Walk,
         scale: float,
@@ -73,7 +65,7 @@ class WideChannelDecays(NamedTuple):
         keep_states: bool = False,
     ) -> Replayed:
         """The outputs, and the state that a closed walk ends with; chunks' states are computed again."""
-        del totals, keep_states
+        del keep_states
         if intra is None:
             intra = self.intra(q, k, scale)
         return Replayed(*decayed_replay(intra, v, entering, walk=walk, interpret=self.interpret))

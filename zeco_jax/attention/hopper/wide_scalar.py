@@ -17,8 +17,6 @@ from zeco_jax.attention.hopper.walk import Walk
 class WideScalarDecays(ScalarDecays):
     """As `ScalarDecays`; the chunks' states, larger than all else, are computed again instead of kept."""
 
-    closes_many_stretches = True
-
     def replay(self, *arguments: Any, keep_states: bool = False, **options: Any) -> Replayed:
         """The outputs, and the state that a closed walk ends with."""
         del keep_states

@@ -9,8 +9,7 @@ warps at work on a multiprocessor, these decide the time of kernels that don't w
 that multiplies matrices: where strong chunks have code of their own, that of weak ones.
 
 Needs XLA's compiler for GPUs (pip install 'jax[cuda13]'), ptxas, which comes with it, and for the loops nvdisasm
-(pip install nvidia-cuda-nvdisasm). MOSAIC_GPU_CUDA_ROOT names another CUDA, whose code will be another. Nothing has
-run on a GPU.
+(pip install nvidia-cuda-nvdisasm). Another CUDA (--cuda) makes other code. Nothing has run on a GPU.
 """
 
 import os
@@ -74,6 +73,8 @@ class CodeConfig:
     """Compilations at a time."""
     keep: Path | None = None
     """Folder for the kernels' PTX and disassembly, in one folder a case; None: they are thrown away."""
+    cuda: Path | None = None
+    """Folder of the CUDA whose ptxas assembles; None: the one that comes with JAX, or is on the path."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.shapes if name not in SHAPES]
@@ -81,6 +82,8 @@ class CodeConfig:
             raise ValueError(f"shapes: got {', '.join(unknown) or 'none'}, expected some of {', '.join(SHAPES)}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
+        if self.cuda and not (self.cuda / "bin" / "ptxas").exists():
+            raise ValueError(f"cuda: there is no bin/ptxas in {self.cuda}")
 
 
 class Loop(NamedTuple):
@@ -140,27 +143,28 @@ def chunk_loop(lines: Iterable[str]) -> Loop | None:
     return Loop(len(body), *(sum(word in words for words in body) for word in ("HGMMA", "LDL", "STL", "BAR.SYNC")))
 
 
-def tool(name: str) -> str | None:
-    """Where a program of CUDA's is: in MOSAIC_GPU_CUDA_ROOT, among Python's packages, or on the path."""
+def tool(name: str, cuda: Path | None = None) -> str | None:
+    """Where a program of CUDA's is: in a given CUDA, among Python's packages, or on the path."""
     package = find_spec("nvidia")
     roots = [Path(folder, "cu13") for folder in package.submodule_search_locations] if package else []
-    if chosen := os.environ.get("MOSAIC_GPU_CUDA_ROOT"):
-        roots.insert(0, Path(chosen))
+    if cuda:
+        roots.insert(0, cuda)
     return shutil.which(name, path=os.pathsep.join(str(root / "bin") for root in roots)) or shutil.which(name)
 
 
-def ptxas_release() -> str:
+def ptxas_release(cuda: Path | None) -> str:
     """Of the assembler: another makes other code."""
-    said = subprocess.run([tool("ptxas"), "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([tool("ptxas", cuda), "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release ([\d.]+)", said)[1]
 
 
-def kernels_of(case: Case, folder: str) -> list[Code]:
+def kernels_of(case: Case, folder: str, cuda: Path | None = None) -> list[Code]:
     """Compiles the gradients of a case in this process, which must not have started JAX before.
 
     Args:
         case: shape and decay.
         folder: an empty one for PTX and disassembly.
+        cuda: as in `CodeConfig`.
     """
     os.environ.update(MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTX="1")
     jax.config.update("jax_platforms", "cpu")
@@ -176,23 +180,23 @@ def kernels_of(case: Case, folder: str) -> list[Code]:
     for other in Path(folder).iterdir():
         if other.suffix != ".ptx":
             other.unlink()
-    return [assemble(path) for path in sorted(Path(folder).glob("*.ptx"), key=_place)]
+    return [assemble(path, cuda) for path in sorted(Path(folder).glob("*.ptx"), key=_place)]
 
 
 def _place(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
 
 
-def assemble(path: Path) -> Code:
+def assemble(path: Path, cuda: Path | None) -> Code:
     """What assembler and disassembler say of a kernel's PTX; the disassembly goes beside it."""
     binary, code = path.with_suffix(".cubin"), path.with_suffix(".sass")
     said = subprocess.run(
-        [tool("ptxas"), "--gpu-name=sm_90a", "--verbose", path, "--output-file", binary],
+        [tool("ptxas", cuda), "--gpu-name=sm_90a", "--verbose", path, "--output-file", binary],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     stores, loads = map(int, _SPILLED.findall(said.stderr)[-1])
     loop = None
-    if disassembler := tool("nvdisasm"):
+    if disassembler := tool("nvdisasm", cuda):
         code.write_text(subprocess.run([disassembler, "-c", binary], capture_output=True, text=True, check=True).stdout)
         loop = chunk_loop(code.read_text().splitlines())
     binary.unlink()
@@ -207,7 +211,7 @@ def compile_all(config: CodeConfig, folder: Path, console: Console) -> dict[Case
     """
     if find_spec("jax_plugins") is None or find_spec("jax_plugins.xla_cuda13") is None:
         raise ModuleNotFoundError("XLA's compiler for GPUs is missing: pip install 'jax[cuda13]'")
-    if tool("ptxas") is None:
+    if tool("ptxas", config.cuda) is None:
         raise ModuleNotFoundError("ptxas is missing: it comes with jax[cuda13] and with CUDA")
     cases = [Case(name, SHAPES[name], decay) for name in config.shapes for decay in config.decays]
     with (
@@ -218,15 +222,13 @@ def compile_all(config: CodeConfig, folder: Path, console: Console) -> dict[Case
         for case in cases:
             own = folder / f"{case.name}-{case.decay}"
             own.mkdir()
-            waiting[case] = pool.submit(kernels_of, case, str(own))
+            waiting[case] = pool.submit(kernels_of, case, str(own), config.cuda)
         return {case: future.result() for case, future in waiting.items()}
 
 
-def table(found: dict[Case, list[Code]]) -> Table:
+def table(found: dict[Case, list[Code]], release: str) -> Table:
     """A row for each kernel, in the order in which the program names them."""
-    made = Table(
-        title=f"kernels compiled for an H100 (ptxas {ptxas_release()}), not run: spilled bytes; the loop over chunks"
-    )
+    made = Table(title=f"kernels compiled for an H100 (ptxas {release}), not run: spilled bytes; the loop over chunks")
     for heading in ("case", "kernel"):
         made.add_column(heading)
     for heading in ("stores", "loads", "instructions", "products", "spill loads", "spill stores", "barriers"):
@@ -248,7 +250,7 @@ def report(config: CodeConfig) -> None:
     """Compiles and prints the table."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     with tempfile.TemporaryDirectory() as temporary:
-        console.print(table(compile_all(config, Path(temporary), console)))
+        console.print(table(compile_all(config, Path(temporary), console), ptxas_release(config.cuda)))
         if config.keep:
             shutil.copytree(temporary, config.keep, dirs_exist_ok=True)
             console.print(f"PTX and disassembly are in {config.keep}", soft_wrap=True)

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ from experiments.results_files import conditions, write_results
 from zeco_jax import linear_attention
 from zeco_jax.attention import Call, Summary, attend, make_backend
 from zeco_jax.parallel import ulysses_attention
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RESULTS = Path(__file__).parent / "results"
 Strategy = Literal["none", "loopback", "chain", "doubling", "gather", "transpose", "serial", "ulysses", "auto"]
@@ -342,12 +345,51 @@ def record(config: OperatorsConfig, measurements: Sequence[Measurement]) -> dict
 
 
 def draw(config: OperatorsConfig, measurements: Sequence[Measurement], path: Path) -> None:
-    """Weak scaling: time over ranks, and time over that without an exchange, with the paper's beside it."""
+    """Time, and time over that without an exchange, with the paper's beside it."""
     from matplotlib.figure import Figure
 
-    hiding = measurements[0].latency_hiding
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    time_axes, ratio_axes = figure.subplots(1, 2)
+    draw_on = draw_scaling if len({m.ranks for m in measurements}) > 1 else draw_strategies
+    draw_on(measurements, *figure.subplots(1, 2))
+    figure.suptitle(
+        f"{config.tokens_per_rank:,} tokens per rank, {config.heads} heads of {config.key_width} x "
+        f"{config.value_width}, {config.dtype}, on {jax.devices()[0].device_kind}"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def draw_strategies(measurements: Sequence[Measurement], time_axes: "Axes", ratio_axes: "Axes") -> None:
+    """One number of ranks: a bar for each strategy and pass; the paper's are of its smallest."""
+    hiding, ranks = measurements[0].latency_hiding, measurements[0].ranks
+    rows = [m for m in measurements if m.latency_hiding == hiding]
+    names = [m.strategy for m in rows]
+    height = 0.4
+    for offset, name in ((-height / 2, "forward"), (height / 2, "gradient")):
+        places = [place + offset for place in range(len(rows))]
+        label = {"forward": "forward", "gradient": "forward and backward"}[name]
+        spreads = [getattr(m, name) for m in rows]
+        bars = time_axes.barh(places, [1e3 * median for _, median, _ in spreads], height, label=label)
+        time_axes.bar_label(bars, fmt=" %.3g", fontsize="small")
+        bars = ratio_axes.barh(places, [getattr(m, f"{name}_ratio") for m in rows], height, label=label)
+        ratio_axes.bar_label(bars, fmt=" %.3g", fontsize="small")
+    fewest = min(PAPER_MILLISECONDS)
+    for name, style in (("LASP-1", ":"), ("LASP-2", "--"), ("ZeCO", "-")):
+        row = PAPER_MILLISECONDS[fewest]
+        label = f"paper, {fewest} GPUs: {name}"
+        ratio_axes.axvline(row[name] / row["no SP"], linestyle=style, color="grey", label=label)
+    time_axes.set_xlabel(f"ms on {ranks} ranks (median)")
+    ratio_axes.set_xlabel("over none")
+    for axes in (time_axes, ratio_axes):
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend(fontsize="small", loc="upper right")
+
+
+def draw_scaling(measurements: Sequence[Measurement], time_axes: "Axes", ratio_axes: "Axes") -> None:
+    """Weak scaling: over ranks."""
+    hiding = measurements[0].latency_hiding
     for strategy in STRATEGIES:
         rows = [m for m in measurements if m.strategy == strategy and m.latency_hiding == hiding]
         if not rows:
@@ -370,11 +412,6 @@ def draw(config: OperatorsConfig, measurements: Sequence[Measurement], path: Pat
         axes.set_xlabel("ranks, tokens per rank fixed")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", ncols=2)
-    figure.suptitle(
-        f"{config.tokens_per_rank:,} tokens per rank, {config.heads} heads of {config.key_width} x "
-        f"{config.value_width}, {config.dtype}, on {jax.devices()[0].device_kind}"
-    )
-    figure.savefig(path, dpi=120)
 
 
 def report(config: OperatorsConfig) -> None:

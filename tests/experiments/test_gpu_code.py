@@ -52,7 +52,11 @@ def test_compiles_the_kernels_of_a_program(tmp_path, capsys):
 
 
 def test_mistakes_are_named(capsys):
-    for arguments, named in ((["--shapes", "7k"], "got 7k, expected some of 16k"), (["--jobs", "0"], "at least 1")):
+    for arguments, named in (
+        (["--shapes", "7k"], "got 7k, expected some of 16k"),
+        (["--jobs", "0"], "at least 1"),
+        (["--cuda", "nowhere"], "no bin/ptxas in nowhere"),
+    ):
         with pytest.raises(SystemExit):
             gpu_code.main(arguments)
         assert named in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -26,6 +27,17 @@ def test_writes_tables_record_and_figure(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "113.71" in printed
     assert "ulysses" in printed
+
+
+def test_several_numbers_of_ranks_are_drawn_over_ranks(tmp_path):
+    measured = operators.Measurement(1, "none", None, (1.0, 1.0, 1.0), (3.0, 3.0, 3.0), 1.0, 1.0)
+    rows = [dataclasses.replace(measured, ranks=ranks) for ranks in (1, 2, 4)]
+    config = operators.OperatorsConfig()
+    for name, some in (("one", rows[:1]), ("several", rows)):
+        operators.draw(config, some, tmp_path / f"{name}.png")
+    figures = [(tmp_path / f"{name}.png").read_bytes() for name in ("one", "several")]
+    assert all(figure.startswith(b"\x89PNG") for figure in figures)
+    assert figures[0] != figures[1]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which chunks a block of threads walks through, and which way."""
 
+import jax.numpy as jnp
 import pytest
 
 from zeco_jax.attention.hopper.walk import Walk
@@ -33,6 +34,15 @@ def test_others_summarize_all_stretches():
     walk = Walk(CHUNKS, STRETCHES)
     assert walk.summarized == range(STRETCHES)
     assert not any(map(walk.closes, walk.summarized))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_sums_by_summarized_stretch(reverse):
+    totals = jnp.arange(CHUNKS, dtype=jnp.float32)[None, None, :, None]
+    every = [sum(range(first, min(first + 5, CHUNKS))) for first in range(0, CHUNKS, 5)]
+    assert Walk(CHUNKS, STRETCHES, reverse).summed(totals).ravel().tolist() == every
+    closed = Walk(CHUNKS, STRETCHES, reverse, closed=True)
+    assert closed.summed(totals).ravel().tolist() == (every[1:] if reverse else every[:-1])
 
 
 def test_one_stretch():

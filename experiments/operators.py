@@ -351,9 +351,10 @@ def draw(config: OperatorsConfig, measurements: Sequence[Measurement], path: Pat
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     draw_on = draw_scaling if len({m.ranks for m in measurements}) > 1 else draw_strategies
     draw_on(measurements, *figure.subplots(1, 2))
+    backend = f", backend {config.backend}" if config.backend else ""
     figure.suptitle(
         f"{config.tokens_per_rank:,} tokens per rank, {config.heads} heads of {config.key_width} x "
-        f"{config.value_width}, {config.dtype}, on {jax.devices()[0].device_kind}"
+        f"{config.value_width}, {config.dtype}{backend}, on {jax.devices()[0].device_kind}"
     )
     figure.savefig(path, dpi=120)
 

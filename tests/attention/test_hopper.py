@@ -94,8 +94,10 @@ class TestHopperInTwoStretches(FewProcessors, LinearAttentionContract):
     attend = staticmethod(simulated)
     # A length of their own, as what was traced for another machine isn't traced again.
     covers = tuple(
-        case(f"{decay}-chunks-two-by-two", decay, (regime,), 180, key_width=144, value_width=136)
+        case(f"{decay}-chunks-{name}", decay, regimes, 180, key_width=key_width, value_width=value_width)
+        for name, key_width, value_width in (("two-by-two", 144, 136), ("narrow", 128, 72), ("paired", 64, 40))
         for decay, regime in (("channel", "sometimes_zero"), ("token", "gla"))
+        for regimes in ((regime, "gla") if name == "paired" else (regime,),)
     )
 
 
@@ -279,10 +281,42 @@ def test_documents_beside_strong_gates(monkeypatch, width):
     gates[0, 140:150] = -np.inf
     gates[0, 160, :, ::2] = -np.inf
     gates[0, 170:180] *= 400
-    arguments = (q, k, v, jnp.asarray(gates, jnp.float32))
+    assert_gradients_agree(q, k, v, jnp.asarray(gates, jnp.float32))
+
+
+@pytest.mark.parametrize(("heads", "width"), [pytest.param(1, 72, id="narrow"), pytest.param(2, 64, id="paired")])
+def test_runs_of_weak_and_strong_chunks(monkeypatch, heads, width):
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 1)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 320, heads, width)), jnp.bfloat16) for _ in range(3))
+    gates = -0.05 * rng.uniform(size=(1, 320, heads, width))
+    for strong in (1, 2, 4):
+        # In one head.
+        gates[0, strong * 64 : (strong + 1) * 64, 0] *= 100
+    assert_gradients_agree(q, k, v, jnp.asarray(gates, jnp.float32))
+
+
+def assert_gradients_agree(*arguments):
     want = gradients(partial(zeco_jax.linear_attention, backend="xla"), *(x.astype(jnp.float32) for x in arguments))
     for name, got, wanted in zip(("q", "k", "v", "log_decay"), gradients(simulated, *arguments), want, strict=True):
         assert relative_rms(got, wanted) < 5e-3, name
+
+
+@pytest.mark.parametrize(
+    ("heads", "width"),
+    [pytest.param(1, 128, id="narrow"), pytest.param(2, 64, id="paired"), pytest.param(1, 144, id="wide")],
+)
+@pytest.mark.parametrize("decay_width", [pytest.param(None, id="channel"), pytest.param(1, id="token")])
+def test_summary_of_several_stretches(monkeypatch, heads, width, decay_width):
+    """Two stretches of two chunks and of one."""
+    monkeypatch.setattr(plan, "MULTIPROCESSORS", 2)
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(1, 170, heads, width)), jnp.bfloat16) for _ in range(2))
+    gates = jnp.asarray(-0.02 * rng.uniform(size=(1, 170, heads, decay_width or width)), jnp.float32)
+    got = HopperBackend(interpret=True).summarize(k, v, gates)
+    want = make_backend("reference", Call.of(k, k, v)).summarize(*(x.astype(jnp.float32) for x in (k, v)), gates)
+    assert relative_rms(got.decay, want.decay) < 1e-5
+    assert relative_rms(got.state, want.state) < 5e-3
 
 
 def test_rematerialization_summarizes_nothing_again():

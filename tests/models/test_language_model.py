@@ -111,10 +111,12 @@ def test_remat_exchanges_nothing_again(kind):
 def test_remat_summarizes_nothing_again(monkeypatch):
     # Traced only, so that any device will do.
     monkeypatch.setattr(HopperBackend, "check", lambda *_: None)
+    # Of one stretch nothing would have to be summarized.
+    several_chunks = jnp.tile(TOKENS, (1, 5))
 
     def summaries(remat):
         definition, parameters = nnx.split(make(remat=remat, conv_width=0, dtype="bfloat16", backend="hopper"))
-        loss = jax.grad(lambda parameters: nnx.merge(definition, parameters)(TOKENS).sum())
+        loss = jax.grad(lambda parameters: nnx.merge(definition, parameters)(several_chunks).sum())
         return str(jax.make_jaxpr(loss)(parameters)).count("name=attention_summaries")
 
     assert summaries(remat=True) == summaries(remat=False) > 0

@@ -288,7 +288,7 @@ class _Summaries:
 
     Attributes:
         states: [B, H, summarized, K, V], what the summarized stretches leave of a state of zeros; None without any.
-        gates: [B, H, summarized, K or 1], the sums of their gates; of paired heads side by side. None without any.
+        gates: [B or 1, H, summarized, K or 1], the sums of their gates; of paired heads side by side. None without any.
         walk: the stretches.
     """
 

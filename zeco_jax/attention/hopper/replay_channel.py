@@ -331,7 +331,7 @@ def _replay(
 
 
 def _sum_of_tokens(gates: Ref) -> jax.Array:
-    """The gates' sums over a chunk [CHUNK, HALF].
+    """The sums over tokens [HALF] of a chunk's gates [CHUNK, HALF].
 
     Laid out so that all tokens of a channel are in one warp, for the few registers of who fetches. Not cut off at
     WEAKEST_GATE: exponential and comparison with the limit come out the same.

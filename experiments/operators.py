@@ -349,8 +349,9 @@ def draw(config: OperatorsConfig, measurements: Sequence[Measurement], path: Pat
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    draw_on = draw_scaling if len({m.ranks for m in measurements}) > 1 else draw_strategies
-    draw_on(measurements, *figure.subplots(1, 2))
+    rows = [m for m in measurements if m.latency_hiding == measurements[0].latency_hiding]
+    draw_on = draw_scaling if len({m.ranks for m in rows}) > 1 else draw_strategies
+    draw_on(rows, *figure.subplots(1, 2))
     backend = f", backend {config.backend}" if config.backend else ""
     figure.suptitle(
         f"{config.tokens_per_rank:,} tokens per rank, {config.heads} heads of {config.key_width} x "
@@ -361,27 +362,22 @@ def draw(config: OperatorsConfig, measurements: Sequence[Measurement], path: Pat
 
 def draw_strategies(measurements: Sequence[Measurement], time_axes: "Axes", ratio_axes: "Axes") -> None:
     """One number of ranks: a bar for each strategy and pass; the paper's are of its smallest."""
-    hiding, ranks = measurements[0].latency_hiding, measurements[0].ranks
-    rows = [m for m in measurements if m.latency_hiding == hiding]
-    names = [m.strategy for m in rows]
     height = 0.4
-    for offset, name in ((-height / 2, "forward"), (height / 2, "gradient")):
-        places = [place + offset for place in range(len(rows))]
-        label = {"forward": "forward", "gradient": "forward and backward"}[name]
-        spreads = [getattr(m, name) for m in rows]
-        bars = time_axes.barh(places, [1e3 * median for _, median, _ in spreads], height, label=label)
-        time_axes.bar_label(bars, fmt=" %.3g", fontsize="small")
-        bars = ratio_axes.barh(places, [getattr(m, f"{name}_ratio") for m in rows], height, label=label)
-        ratio_axes.bar_label(bars, fmt=" %.3g", fontsize="small")
+    for offset, name, label in ((-height / 2, "forward", "forward"), (height / 2, "gradient", "forward and backward")):
+        places = [place + offset for place in range(len(measurements))]
+        medians = [1e3 * getattr(m, name)[1] for m in measurements]
+        ratios = [getattr(m, f"{name}_ratio") for m in measurements]
+        for axes, lengths in ((time_axes, medians), (ratio_axes, ratios)):
+            axes.bar_label(axes.barh(places, lengths, height, label=label), fmt=" %.3g", fontsize="small")
     fewest = min(PAPER_MILLISECONDS)
     for name, style in (("LASP-1", ":"), ("LASP-2", "--"), ("ZeCO", "-")):
         row = PAPER_MILLISECONDS[fewest]
         label = f"paper, {fewest} GPUs: {name}"
         ratio_axes.axvline(row[name] / row["no SP"], linestyle=style, color="grey", label=label)
-    time_axes.set_xlabel(f"ms on {ranks} ranks (median)")
+    time_axes.set_xlabel(f"ms on {measurements[0].ranks} ranks (median)")
     ratio_axes.set_xlabel("over none")
     for axes in (time_axes, ratio_axes):
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(measurements)), [m.strategy for m in measurements])
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.grid(axis="x", alpha=0.3)
@@ -390,9 +386,8 @@ def draw_strategies(measurements: Sequence[Measurement], time_axes: "Axes", rati
 
 def draw_scaling(measurements: Sequence[Measurement], time_axes: "Axes", ratio_axes: "Axes") -> None:
     """Weak scaling: over ranks."""
-    hiding = measurements[0].latency_hiding
     for strategy in STRATEGIES:
-        rows = [m for m in measurements if m.strategy == strategy and m.latency_hiding == hiding]
+        rows = [m for m in measurements if m.strategy == strategy]
         if not rows:
             continue
         ranks = [m.ranks for m in rows]
